@@ -1,0 +1,139 @@
+"""The night: its main loop, and the command line. `python loop.py --help` lists what it takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+
+from nightshift import config as configuration
+from nightshift import data, decide, devices, proposers, publish, runner, sandbox
+from nightshift.branch import Branch
+from nightshift.journal import Journal
+from nightshift.night import Ledger, Night, Purse, folder_of, lock, make_home
+from nightshift.opening import choose_tag, take_up
+from nightshift.scorer import Scorer
+from nightshift.values import Reject, Score, Stop
+from nightshift.view import View
+
+ROOT = configuration.ROOT
+
+
+def research(night: Night) -> str:
+    """program.md → brief → proposer → commit → train → score → decide → record → advance, until nothing comes next."""
+    while (task := decide.next(night.state, time.time())).kind != "end":
+        run = score = None
+        try:
+            proposal = night.propose(task)
+            if proposal is None:
+                continue
+            candidate = night.commit(task, proposal)
+            with night.scorer.serve(candidate.folder / "train.py", candidate.folder) as server:
+                run = runner.train(candidate, night.bench, server, night.view.watch)
+                score = Score(server.score(run.weights, task.splits), run.train_s)
+            decision = decide.judge(night.state, task, run, score, candidate.net_added)
+        except Reject as reason:
+            decision = decide.reject(night.state, reason)
+        night.record(decision, run, score)
+        night.advance()
+        if task.kind == "baseline" and score is None:
+            raise Stop(f"the unchanged train.py does not run: {decision.reason}\nMend it, then: python loop.py run")
+    return task.why
+
+
+def run(args: argparse.Namespace) -> int:
+    """Opens a night, or goes on with one, and works until it ends or is stopped."""
+    view = View()
+    profile = args.profile or devices.default_profile()
+    flags = {name: getattr(args, name) for name in ("proposer", "max_experiments", "max_hours", "max_usd")}
+    config = configuration.load(profile=profile, **flags)
+    view.say(f"profile {profile}: {'as asked' if args.profile else 'it fits this machine'}")
+    make_home(ROOT)
+    tag = choose_tag(ROOT, args.tag)
+    folder = folder_of(ROOT, tag)
+    with lock(folder), devices.lease(config.gpus) as lease:
+        tier = sandbox.probe()
+        view.say(f"device {lease.name}; sandbox {tier}" + (f" ({tier.missing})" if tier.missing else ""))
+        dataset = data.prepare(config)
+        data.verify_digests(dataset)
+        runner.fault_in([*dataset.shards, *dataset.doc_starts])
+        bench = runner.Bench(config, dataset, lease, tier, ROOT / ".nightshift" / "cache")
+        book, branch, halt = Ledger(Journal(folder / "journal.jsonl")), Branch(ROOT, tag), threading.Event()
+        proposer = proposers.make(config, lease.kind, Purse(book, config.max_usd), view.say, halt)
+        take_up(ROOT, tag, book, branch, bench)
+        view.say(f"night {tag}: {len(book.state.rows)} runs so far; proposer {proposer.name}")
+        with Scorer(config, lease, tier, folder) as scorer:
+            return work(Night(ROOT, book, branch, bench, scorer, proposer, halt, view))
+
+
+def work(night: Night) -> int:
+    """Runs the night's loop under everything that can end it; every end is journaled and published."""
+    code, cause = 0, ""
+    try:
+        night.advance()
+        cause = research(night)
+        if not night.state.over:
+            night.book.write("claim", **decide.claim(night.state, cause))
+    except KeyboardInterrupt:
+        code, cause = 130, "interrupted"
+    except Stop as stop:
+        code, cause = stop.code, str(stop)
+    night.close()
+    finish(night, code, cause)
+    return code
+
+
+def finish(night: Night, code: int, cause: str) -> None:
+    """Publishes what there is, journals the stop, and says what it cost and what comes next."""
+    state = night.state
+    records = publish.write_records(ROOT, night.folder, state, night.branch)
+    night.write_results()
+    moves_to = ""
+    if state.over:
+        paths = [records, ROOT / "results.tsv"]
+        moves_to = night.branch.publish(paths, f"ledger of night {state.night['tag']}\n", time.time())
+    night.book.write("stop", code=code, cause=cause, moves_to=moves_to)
+    verdict = state.claim["verdict"] if state.claim else "the night is not over"
+    night.view.say(f"{cause}; {len(state.rows)} runs, {len(state.keeps)} keeps, ${state.usd:.2f}; {verdict}")
+    again = f"python loop.py run --tag {state.night['tag']}"
+    night.view.say(f"next: {'python loop.py report' if state.over else again}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; `run` is what is meant where no command is named."""
+    commands = ("run", "status", "report", "verify", "doctor")
+    if not argv or argv[0] not in (*commands, "-h", "--help"):
+        argv = ["run", *argv]
+    parser = argparse.ArgumentParser(prog="loop.py", description="an overnight research loop for pretraining")
+    sub = parser.add_subparsers(dest="command", required=True)
+    night = sub.add_parser("run", help="run a night, or go on with one (the default)")
+    night.add_argument("--profile", help="of config.yaml; without it, the one that fits this machine")
+    night.add_argument("--proposer", help="auto, anthropic, knobs or replay:DIR")
+    night.add_argument("--tag", help="the night's name; without it the newest unfinished night, else today's date")
+    night.add_argument("--max-experiments", type=int, help="candidates in the whole night")
+    night.add_argument("--max-hours", type=float, help="from now on")
+    night.add_argument("--max-usd", type=float, help="for the whole night's proposals")
+    night.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
+    sub.add_parser("status", help="the night that runs, or the last one")
+    sub.add_parser("report", help="report.html and progress.png")
+    sub.add_parser("verify", help="rebuild results.tsv from the journals; check chain, commits and diffs")
+    sub.add_parser("doctor", help="is this machine ready, and if not, what mends it")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command; returns its exit code: 0 done, 1 could not go on, 2 wrong usage, 130 interrupted."""
+    args = parse(argv)
+    try:
+        return run(args)
+    except Stop as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        print("interrupted before anything had begun", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The trusted core of the night: nothing in this package ever imports train.py."""

@@ -1,0 +1,62 @@
+"""Held-out documents into full rows, packed once so that every candidate is scored on the same ones."""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Iterable
+from itertools import count
+from operator import itemgetter
+
+import numpy as np
+
+from nightshift.tokenizer import Tokens
+
+BUFFER = 1000  # documents to choose from, as in nanochat
+
+
+class HeldOut:
+    """What is kept of a held-out split's documents: as much as its rows can need, in bounded memory.
+
+    No row takes more than its seq_len + 1 tokens of a document, and two more than that tell that it did not fit. A row
+    uses up documents for at most twice its length, since only the last one of it is cropped.
+    """
+
+    def __init__(self, seq_len: int, num_rows: int) -> None:
+        self.documents: list[Tokens] = []
+        self._longest = seq_len + 2
+        self._missing = 2 * num_rows * self._longest
+
+    @property
+    def full(self) -> bool:
+        """Whether further documents would go unused."""
+        return self._missing <= 0
+
+    def add(self, document: Tokens) -> None:
+        """Takes a document, which begins with BOS, unless it is full."""
+        if not self.full:
+            self.documents.append(document[: self._longest].copy())
+            self._missing -= len(self.documents[-1])
+
+
+def pack(documents: Iterable[Tokens], seq_len: int, num_rows: int) -> Tokens:
+    """uint16 [at most num_rows, seq_len + 1]: rows without padding, each beginning with a document's first token.
+
+    Best fit, as in nanochat's loader: the longest buffered document that fits whole; where none does, the shortest
+    one, cropped, and its rest is dropped. Rows are fewer where the documents run out; the unfinished row is dropped.
+    """
+    rows = np.empty((num_rows, seq_len + 1), dtype=np.uint16)
+    source, arrival = iter(documents), count()
+    buffer: list[tuple[int, int, Tokens]] = []  # (length, arrival, document), sorted
+    for number, row in enumerate(rows):
+        filled = 0
+        while filled < len(row):
+            while len(buffer) < BUFFER and (document := next(source, None)) is not None:
+                insort(buffer, (len(document), next(arrival), document))
+            if not buffer:
+                return rows[:number]
+            room = len(row) - filled
+            best = bisect_right(buffer, room, key=itemgetter(0)) - 1
+            document = buffer.pop(max(best, 0))[2][:room]
+            row[filled : filled + len(document)] = document
+            filled += len(document)
+    return rows

@@ -1,0 +1,223 @@
+"""Where untrusted processes run: namespaces of their own, a Landlock allow-list, few environment variables, a sure end.
+
+    setpriv --pdeathsig KILL unshare -Urpn --fork --kill-child --mount-proc python sandbox.py '{...}' -- command
+
+`setpriv` ends the whole chain when the loop dies, even of SIGKILL; `unshare` gives user, pid, network and mount
+namespaces; this file, run as a script inside them, brings loopback up (torchrun and NCCL need it), restricts the file
+system to an allow-list, and becomes the command. Data, journal, `.git` and everything else that is not on the list
+cannot be opened. Where namespaces or Landlock are not to be had, `probe` says so and the night goes on with what is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+NAMESPACES = ["unshare", "-Urpn", "--fork", "--kill-child", "--mount-proc"]
+LIFELINE = ["setpriv", "--pdeathsig", "KILL"]
+SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys"]
+DEVICES = ["/dev"]
+ROOT = Path(__file__).resolve().parent.parent
+FACE = ["prepare.py", "nightshift", "config.yaml"]  # what a run may import, and the file that goes with it
+PASSED_PREFIXES = ("NCCL_", "TORCH", "NVSHMEM_", "CUDA_", "NVIDIA_", "TRITON_", "LC_", "OMP_", "MKL_", "PYTORCH_")
+PASSED_NAMES = ("PATH", "LANG", "LD_LIBRARY_PATH", "CC", "CXX", "TZ")
+GONE_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What this machine offers: `missing` is what a person is told."""
+
+    namespaces: bool
+    landlock: int  # ABI version, 0 for none
+    missing: str = ""
+
+    def __str__(self) -> str:
+        parts = ["namespaces"] * self.namespaces + [f"Landlock ABI {self.landlock}"] * bool(self.landlock)
+        return " + ".join(parts) or "unsandboxed"
+
+
+def probe() -> Tier:
+    """Tries what a run will need, for real."""
+    command = [*LIFELINE, *NAMESPACES, "true"]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        failure = tried.stderr.strip().splitlines()[-1] if tried.returncode and tried.stderr.strip() else ""
+        namespaces = tried.returncode == 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        namespaces, failure = False, str(error)
+    abi = max(0, _libc().syscall(_CREATE_RULESET, None, 0, 1))
+    missing = [] if namespaces else [f"no namespaces ({failure or 'unshare failed'})"]
+    missing += [] if abi else ["no Landlock in this kernel"]
+    return Tier(namespaces, abi, "; ".join(missing))
+
+
+def readable(face: Path) -> list[Path]:
+    """What a sandboxed Python needs to read: the system, the interpreter, its packages, and nightshift's own code."""
+    packages = [Path(p).resolve() for p in sys.path if p and Path(p).is_dir()]
+    python = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
+    foreign = [p for p in packages if p != ROOT and ROOT not in p.parents]
+    return [*map(Path, SYSTEM), *python, *foreign, face, *(ROOT / name for name in FACE)]
+
+
+def make_face(folder: Path) -> Path:
+    """A folder with links to what a run may import, for PYTHONPATH: to list the checkout itself is not allowed."""
+    face = folder / "face"
+    face.mkdir(parents=True, exist_ok=True)
+    for name in FACE:
+        link = face / name
+        if not link.is_symlink():
+            link.symlink_to(ROOT / name)
+    return face
+
+
+def environment(folder: Path, face: Path, extra: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a sandboxed process: few, and no key or token among them. HOME and TMPDIR are the run's own."""
+    kept = {k: v for k, v in os.environ.items() if k in PASSED_NAMES or k.startswith(PASSED_PREFIXES)}
+    home = folder / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    paths = [str(face), *(p for p in os.environ.get("PYTHONPATH", "").split(":") if p)]
+    ours = {"HOME": str(home), "TMPDIR": str(home), "PYTHONPATH": ":".join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    ours |= {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return kept | ours | dict(extra)
+
+
+def spawn(
+    tier: Tier,
+    argv: Sequence[str],
+    folder: Path,
+    log: IO[bytes],
+    *,
+    env: Mapping[str, str] = {},
+    writable: Sequence[Path] = (),
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Starts argv in `folder`, which it may write, and with it `writable`, /dev and /dev/shm; the rest it may not.
+
+    To be called from the main thread: the lifeline is cut when the thread that spawned ends.
+    """
+    face = make_face(folder)
+    rules = {
+        "read": [str(p) for p in readable(face) if p.exists()],
+        "write": [str(p) for p in [folder, *writable, *map(Path, DEVICES)] if p.exists()],
+        "landlock": tier.landlock,
+        "loopback": tier.namespaces,
+    }
+    shim = [sys.executable, "-I", "-S", __file__, json.dumps(rules), "--", *argv]
+    chain = [*LIFELINE, *(NAMESPACES if tier.namespaces else []), *shim]
+    return subprocess.Popen(
+        chain,
+        cwd=folder,
+        env=environment(folder, face, env),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        pass_fds=pass_fds,
+        start_new_session=True,
+    )
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid`, as /proc lists them now."""
+    found, queue = [], [pid]
+    while queue:
+        parent = queue.pop()
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                queue += (below := [int(c) for c in children.read_text().split()])
+                found += below
+    return found
+
+
+def end(process: subprocess.Popen[bytes]) -> bool:
+    """Kills the process and all below it, and waits until they are gone. False where some outlived GONE_WITHIN_S."""
+    watched = []
+    for pid in descendants(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            watched.append((os.pidfd_open(pid), pid))
+    process.kill()
+    for fd, _ in watched:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + GONE_WITHIN_S
+    gone = True
+    for fd, _ in watched:
+        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        gone = gone and bool(ready)
+        os.close(fd)
+    return gone
+
+
+# Inside: what follows runs as a script in the new process, and imports nothing but the standard library.
+
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # landlock(7); the same numbers on every architecture
+_READ = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, list a directory
+_WRITE = 1 << 1 | 0b1111_1111_0000  # write a file; remove and make what a directory holds
+_MAKE_SYM, _REFER, _TRUNCATE = 1 << 12, 1 << 13, 1 << 14
+_ON_FILES = 1 << 0 | 1 << 1 | 1 << 2 | _TRUNCATE
+_PR_SET_NO_NEW_PRIVS = 38
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
+
+
+class _PathBeneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("allowed", ctypes.c_uint64), ("fd", ctypes.c_int32)]
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _loopback_up() -> None:
+    import fcntl
+    import socket
+    import struct
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = struct.pack("16sh14x", b"lo", 0)
+        _, flags = struct.unpack("16sh14x", fcntl.ioctl(sock, _SIOCGIFFLAGS, request))
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | _IFF_UP))
+
+
+def _landlock(abi: int, read: Sequence[str], write: Sequence[str]) -> None:
+    """Allows `read` to be read and executed, `write` to be changed too, and nothing else (landlock(7))."""
+    libc = _libc()
+    writing = _READ | _WRITE | _MAKE_SYM | (_REFER if abi >= 2 else 0) | (_TRUNCATE if abi >= 3 else 0)
+    handled = ctypes.c_uint64(writing)
+    ruleset = libc.syscall(_CREATE_RULESET, ctypes.byref(handled), ctypes.c_size_t(8), 0)
+    if ruleset < 0:
+        raise OSError(ctypes.get_errno(), "landlock_create_ruleset")
+    for path, access in [*((p, _READ) for p in read), *((p, writing) for p in write)]:
+        fd = os.open(path, os.O_PATH)
+        rule = _PathBeneath(access if os.path.isdir(path) else access & _ON_FILES & writing, fd)
+        if libc.syscall(_ADD_RULE, ruleset, 1, ctypes.byref(rule), 0):
+            raise OSError(ctypes.get_errno(), "landlock_add_rule", path)
+        os.close(fd)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.syscall(_RESTRICT_SELF, ruleset, 0):
+        raise OSError(ctypes.get_errno(), "landlock_restrict_self")
+    os.close(ruleset)
+
+
+def _enter() -> None:
+    rules, command = json.loads(sys.argv[1]), sys.argv[3:]
+    if rules["loopback"]:
+        _loopback_up()
+    if rules["landlock"]:
+        _landlock(rules["landlock"], rules["read"], rules["write"])
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    _enter()

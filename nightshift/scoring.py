@@ -1,0 +1,190 @@
+"""The trusted half of scoring: tokens out, logits in, nats summed. One process, all night long.
+
+    python -m nightshift.scoring SOCKET_FD SETUP_JSON
+
+Bits per byte = total nats / (ln 2 × total bytes) over all scored tokens; a token's bytes are its raw length, and
+tokens without bytes (special ones) are not scored. The log-softmax is taken here, in float32, summed in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nightshift import data
+from nightshift.config import Config
+from nightshift.modelserver import FAILED, GO, OK, STATUS, WRONG_SHAPE
+from nightshift.values import Reject
+
+LOGITS_BYTES = {"cuda": 4 << 30, "cpu": 128 << 20}
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}
+
+
+@dataclass
+class Buffers:
+    """What both sides see: tokens int64 [rows, row_len], logits float32 [rows, row_len, vocab]."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    fds: list[int]
+
+    def message(self) -> dict[str, Any]:
+        """How the other side maps them: descriptors on a CPU, IPC handles on CUDA (bytes: nothing to unpickle)."""
+        rows, row_len, vocab = self.logits.shape
+        cuda = [] if self.fds else [_hex(t.untyped_storage()._share_cuda_()) for t in (self.tokens, self.logits)]
+        return {"rows": rows, "row_len": row_len, "vocab": vocab, "cuda": cuda}
+
+
+def _hex(handle: tuple[Any, ...]) -> list[Any]:
+    return ["hex:" + part.hex() if isinstance(part, bytes) else part for part in handle]
+
+
+def make_buffers(device: torch.device, rows: int, row_len: int, vocab: int) -> Buffers:
+    """As many rows as the logits buffer's size allows, at most `rows`."""
+    rows = max(1, min(rows, LOGITS_BYTES[device.type] // (row_len * vocab * 4)))
+    if device.type == "cuda":
+        tokens = torch.zeros(rows, row_len, dtype=torch.int64, device=device)
+        return Buffers(tokens, torch.empty(rows, row_len, vocab, dtype=torch.float32, device=device), [])
+    fds, views = [], []
+    for dtype, count in [(torch.int64, rows * row_len), (torch.float32, rows * row_len * vocab)]:
+        fd = os.memfd_create("nightshift-buffer")
+        os.ftruncate(fd, count * dtype.itemsize)
+        fds.append(fd)
+        views.append(torch.frombuffer(mmap.mmap(fd, 0), dtype=dtype))
+    return Buffers(views[0].view(rows, row_len), views[1].view(rows, row_len, vocab), fds)
+
+
+class Scoring:
+    """The process's state: the held-out rows, the bytes of every token, and the buffers of the last row length."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self.device = torch.device("cuda", 0) if setup["device"] == "cuda" else torch.device("cpu")
+        config = Config(**setup["config"])
+        self.dataset = data.open_dataset(config)
+        self.token_bytes = torch.from_numpy(self.dataset.token_bytes().astype(np.int64)).to(self.device)
+        self.patience_s = config.startup_s
+        self.free_rows = config.objective == "time_to_target"
+        self.buffers: Buffers | None = None
+
+    def rows(self, split: str, row_len: int) -> np.ndarray:
+        """The split as uint16 [rows, row_len + 1]; consecutive text is cut anew to the model's own row length."""
+        packed = self.dataset.rows(split)
+        if packed.shape[1] == row_len + 1:
+            return packed
+        total = packed.shape[0] * (packed.shape[1] - 1)
+        if not self.free_rows or row_len < 1 or total % row_len:
+            raise Reject("invalid", f"the model asked for rows of {row_len} tokens; the split has {total}")
+        text = np.append(packed[:, :-1].reshape(-1), packed[-1, -1])
+        return np.lib.stride_tricks.sliding_window_view(text, row_len + 1)[::row_len]
+
+    def score(self, server: socket.socket, folder: Path, weights: str, splits: list[str]) -> dict[str, dict[str, Any]]:
+        """Sums by split. The nats of every token go to <folder>/nats-<split>.npy, float32 [rows, row_len]."""
+        server.settimeout(self.patience_s)
+        request = {"weights": weights, "device": str(self.device), "seq_len": self.dataset.seq_len}
+        server.send(json.dumps(request).encode())
+        (row_len, *_) = self._status(server)
+        first = self.rows(splits[0], row_len)
+        if self.buffers is None or self.buffers.logits.shape[1] != row_len:
+            self.buffers = None
+            self.buffers = make_buffers(self.device, len(first), row_len, self.dataset.vocab_size)
+        socket.send_fds(server, [json.dumps(self.buffers.message()).encode()], self.buffers.fds)
+        return {split: self._split(server, folder, split, self.rows(split, row_len)) for split in splits}
+
+    def _split(self, server: socket.socket, folder: Path, split: str, rows: np.ndarray) -> dict[str, Any]:
+        nats = np.zeros((rows.shape[0], rows.shape[1] - 1), dtype=np.float32)
+        total, total_bytes, count = 0.0, 0, 0
+        assert self.buffers is not None
+        size = len(self.buffers.tokens)
+        for start in range(0, len(rows), size):
+            batch = torch.from_numpy(rows[start : start + size].astype(np.int64)).to(self.device)
+            losses = self._batch(server, batch)
+            lengths = self.token_bytes[batch[:, 1:]]
+            scored = lengths > 0
+            total += float(losses.double()[scored].sum())
+            total_bytes += int(lengths.sum())
+            count += int(scored.sum())
+            nats[start : start + size] = losses.cpu().numpy()
+        np.save(folder / f"nats-{split}.npy", nats)
+        return {"nats": total, "bytes": total_bytes, "tokens": count}
+
+    def _batch(self, server: socket.socket, batch: torch.Tensor) -> torch.Tensor:
+        """Nats of each target, float32 [rows, row_len]. What the server leaves unwritten stays NaN, and is refused."""
+        assert self.buffers is not None
+        rows = len(batch)
+        self.buffers.tokens[:rows] = batch[:, :-1]
+        logits = self.buffers.logits[:rows].fill_(float("nan"))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        server.send(GO.pack(rows))
+        self._status(server)
+        return torch.cat([_nats(x, y) for x, y in self._chunks(logits, batch[:, 1:])])
+
+    def _chunks(self, logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        size = max(1, CHUNK_BYTES[self.device.type] // (logits[0].numel() * 4))
+        yield from zip(logits.split(size), targets.split(size), strict=True)
+
+    def _status(self, server: socket.socket) -> tuple[int, int, int]:
+        try:
+            reply = server.recv(STATUS.size + 1)
+        except TimeoutError:
+            raise Reject("timeout", f"the model server said nothing for {self.patience_s:.0f} s") from None
+        except ConnectionError:
+            reply = b""
+        if len(reply) != STATUS.size:
+            raise Reject("crash", "the model server died")
+        code, *what = STATUS.unpack(reply)
+        if code == WRONG_SHAPE:
+            shape = [d for d in what if d >= 0]
+            expected = list(self.buffers.logits.shape) if self.buffers else []
+            raise Reject("invalid", f"the logits have shape {shape}, expected up to {expected}")
+        if code != OK:
+            raise Reject("crash", "load() or forward() failed" if code == FAILED else f"the model server said {code}")
+        return what[0], what[1], what[2]
+
+
+def _nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if not bool(torch.isfinite(logits).all()):
+        raise Reject("invalid", "there is NaN or infinity in the logits")
+    return torch.logsumexp(logits, -1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def main() -> None:
+    """Serves the loop until it hangs up."""
+    loop = socket.socket(fileno=int(sys.argv[1]))
+    scoring = Scoring(json.loads(sys.argv[2]))
+    server: socket.socket | None = None
+    folder = Path()
+    while True:
+        message, fds, _, _ = socket.recv_fds(loop, 64 * 1024, 1)
+        if not message:
+            return
+        request = json.loads(message)
+        if "serve" in request:
+            if server is not None:
+                server.close()
+            server, folder = socket.socket(fileno=fds[0]), Path(request["serve"])
+            continue
+        assert server is not None
+        reply: dict[str, Any]
+        try:
+            with torch.inference_mode():
+                reply = {"scores": scoring.score(server, folder, **request["score"])}
+        except Reject as reason:
+            reply = {reason.status: str(reason)}
+        except (ConnectionError, TimeoutError):
+            reply = {"crash": "the model server died"}
+        loop.send(json.dumps(reply).encode())
+
+
+if __name__ == "__main__":
+    main()
