@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ import time
 from nightshift import config as configuration
 from nightshift import data, decide, devices, proposers, publish, runner, sandbox
 from nightshift.branch import Branch
+from nightshift.config import Config
 from nightshift.journal import Journal
 from nightshift.night import Ledger, Night, Purse, folder_of, lock, make_home
 from nightshift.opening import choose_tag, take_up
@@ -55,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
     with lock(folder), devices.lease(config.gpus) as lease:
         tier = sandbox.probe()
         view.say(f"device {lease.name}; sandbox {tier}" + (f" ({tier.missing})" if tier.missing else ""))
-        dataset = data.prepare(config)
-        data.verify_digests(dataset)
+        dataset = prepared(config, profile)
         runner.fault_in([*dataset.shards, *dataset.doc_starts])
         bench = runner.Bench(config, dataset, lease, tier, ROOT / ".nightshift" / "cache")
         book, branch, halt = Ledger(Journal(folder / "journal.jsonl")), Branch(ROOT, tag), threading.Event()
@@ -65,6 +66,17 @@ def run(args: argparse.Namespace) -> int:
         view.say(f"night {tag}: {len(book.state.rows)} runs so far; proposer {proposer.name}")
         with Scorer(config, lease, tier, folder) as scorer:
             return work(Night(ROOT, book, branch, bench, scorer, proposer, halt, view))
+
+
+def prepared(config: Config, profile: str) -> data.Dataset:
+    """The profile's data, made if there is none (in a process of its own: it takes memory), each file checked."""
+    if not (data.folder(config) / "manifest.json").exists():
+        made = subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--profile", profile])
+        if made.returncode:
+            raise SystemExit(made.returncode)
+    dataset = data.open_dataset(config)
+    data.verify_digests(dataset)
+    return dataset
 
 
 def work(night: Night) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 GPU_DEPTH = 9  # knob[cuda]: int 6 12
 GPU_HEADS = 5  # knob[cuda]: int 4 8
 GPU_HEAD_DIM = 128
+GPU_MLP_RATIO = 4  # hidden width of the MLP, in widths of the model
 GPU_BATCH_TOKENS = 2**18  # of one optimiser step, over all ranks
 GPU_ROWS = 64  # of a micro-batch on one rank, at most: memory decides, the result does not depend on it
 GPU_SEQ_LEN = 2048  # of a training row, at most; a shorter one of the profile holds
@@ -54,13 +55,14 @@ GPU_SHORT_WINDOW = 256  # knob[cuda]: choice 128 256 512
 GPU_ROPE_BASE = 200_000.0  # knob[cuda]: log 10000 1000000
 GPU_MATRIX_LR = 0.04  # knob[cuda]: log 0.01 0.16
 GPU_EMBEDDING_LR = 0.9  # knob[cuda]: log 0.2 3.0
-GPU_HEAD_LR = 0.005  # knob[cuda]: log 0.001 0.02
+GPU_HEAD_LR = 0.004  # knob[cuda]: log 0.001 0.02
 
 # ---- Knobs: the CPU demo, some 200 steps on one core ----------------------------------------------------------------
 
 CPU_DEPTH = 2  # knob[cpu]: int 1 3
 CPU_HEADS = 1  # knob[cpu]: int 1 2
 CPU_HEAD_DIM = 64
+CPU_MLP_RATIO = 2  # knob[cpu]: int 1 4
 CPU_BATCH_TOKENS = 1024  # knob[cpu]: choice 512 1024 2048
 CPU_ROWS = 16
 CPU_SEQ_LEN = 128  # half of what is scored: attention costs less, and rotary positions carry over
@@ -73,7 +75,6 @@ CPU_HEAD_LR = 0.012  # knob[cpu]: log 0.003 0.05
 
 # ---- Knobs: both ----------------------------------------------------------------------------------------------------
 
-MLP_RATIO = 4
 GATE_CHANNELS = 32  # of the stream, that the gates of the value embeddings read
 SOFTCAP = 15.0  # knob: log 8 40
 INIT_SCALE = 0.68  # knob: lin 0.3 1.2
@@ -83,7 +84,7 @@ ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)
 MUON_MOMENTUM = 0.95  # knob: lin 0.85 0.98
 MUON_MOMENTUM_START = 0.85
-MUON_MOMENTUM_WARMUP = 0.1  # of the run
+MUON_MOMENTUM_WARMUP = 0.15  # of the run
 MUON_BETA2 = 0.95
 POLAR_STEPS = 5  # at most the 5 of POLAR_EXPRESS
 WEIGHT_DECAY = 0.2  # knob: lin 0.0 0.5
@@ -91,6 +92,7 @@ VALUE_WEIGHT_DECAY = 0.003
 WARMUP = 0.0  # of the run
 WARMDOWN = 0.75  # knob: lin 0.3 1.0
 FINAL_LR = 0.05  # knob: lin 0.0 0.2
+TOTAL_BATCHES: int | None = None  # where a time_to_target run stops; None: when the budget is used
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Recipe:
     depth: int
     heads: int
     head_dim: int
+    mlp_ratio: int
     batch_tokens: int
     rows: int
     seq_len: int
@@ -134,13 +137,16 @@ def recipe_for(device: torch.device) -> Recipe:
 def check(recipe: Recipe) -> None:
     """Raises ValueError, with the constant and the values that work, where no model can be built."""
     name = recipe.prefix
+    for size in ("depth", "heads", "mlp_ratio", "seq_len", "short_window"):
+        if getattr(recipe, size) < 1:
+            raise ValueError(f"{name}_{size.upper()} is {getattr(recipe, size)}; it can be 1 or more")
     if recipe.dtype == torch.bfloat16 and recipe.head_dim not in (32, 64, 128):
         raise ValueError(f"{name}_HEAD_DIM is {recipe.head_dim}; the attention kernels take 32, 64 or 128")
     if recipe.head_dim % 2:
         raise ValueError(f"{name}_HEAD_DIM is {recipe.head_dim}; rotary positions turn pairs, so it must be even")
     if not recipe.windows or set(recipe.windows) - set("SL"):
         raise ValueError(f"{name}_WINDOWS is {recipe.windows!r}; it is a word of the letters S and L, such as 'SSSL'")
-    if GATE_CHANNELS > recipe.dim:
+    if recipe.dim < GATE_CHANNELS:
         raise ValueError(f"GATE_CHANNELS is {GATE_CHANNELS}; it can be 1 to {recipe.dim}, the width of the model")
     if not 1 <= POLAR_STEPS <= len(POLAR_EXPRESS):
         raise ValueError(f"POLAR_STEPS is {POLAR_STEPS}; it can be 1 to {len(POLAR_EXPRESS)}")
@@ -190,7 +196,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, frame: Frame) -> Tensor:
-    """Rotary position embedding (Su et al., arXiv 2104.09864) of x [B, T, ..., head_dim], halves as pairs."""
+    """Rotary position embedding (Su et al., arXiv 2104.09864) of x [B, T, 2, H, head_dim]: dimension i turns with i + half."""
     a, b = x.chunk(2, dim=-1)
     return x * frame.cos + torch.cat((b, a), dim=-1) * frame.sin
 
@@ -248,7 +254,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        dim, hidden = recipe.dim, MLP_RATIO * recipe.dim
+        dim, hidden = recipe.dim, recipe.mlp_ratio * recipe.dim
         bound = INIT_SCALE * math.sqrt(3 / dim)
         self.up = nn.Parameter(torch.empty(hidden, dim).uniform_(-bound, bound))
         self.down = nn.Parameter(torch.zeros(dim, hidden))
@@ -293,6 +299,7 @@ class GPT(nn.Module):
         self._frames: dict[int, Frame] = {}
 
     def frame(self, seq_len: int) -> Frame:
+        """The same one each time."""
         if seq_len not in self._frames:
             recipe, device = self.recipe, self.embed.device
             half = torch.arange(recipe.head_dim // 2, device=device) * (2 / recipe.head_dim)
@@ -311,8 +318,8 @@ class GPT(nn.Module):
             key = str(layer)
             value = F.embedding(tokens, self.values[key]).to(dtype) if key in self.values else None
             x = block(resid * x + mix * x0, value, frame)
-        logits = linear(norm(x), self.head)[..., : self.vocab_size].float()
-        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        logits = linear(norm(x) / SOFTCAP, self.head)[..., : self.vocab_size]  # divided where it is narrow
+        return SOFTCAP * torch.tanh(logits.float())
 
     def loss(self, tokens: Tensor, targets: Tensor, frame: Frame) -> Tensor:
         """Mean nats per token."""
@@ -322,7 +329,7 @@ class GPT(nn.Module):
         return self.logits(tokens, self.frame(tokens.size(1)))
 
     def count_flops_per_token(self, seq_len: int) -> float:
-        """Of training: 6 a matrix weight, and 12 · dim · span a layer for attention (PaLM, arXiv 2204.02311, app. B)."""
+        """Of training: 6 a matrix weight, 12 · dim · span a layer of attention (PaLM, arXiv 2204.02311, app. B)."""
         r = self.recipe
         matrices = sum(p.numel() for p in self.blocks.parameters()) + self.head.numel()
         spans = sum(min(r.short_window, seq_len) if r.slides(layer) else seq_len for layer in range(r.depth))
@@ -334,7 +341,8 @@ def load(weights: Path, device: torch.device | str) -> nn.Module:
     device = torch.device(device)
     with safe_open(weights, framework="pt") as file:
         vocab_size, _ = file.get_slice("embed").get_shape()
-    model = GPT(recipe_for(device), vocab_size).to(device)
+    with device:
+        model = GPT(recipe_for(device), vocab_size)
     load_model(model, weights, device=str(device))
     return model.eval()
 
@@ -364,6 +372,11 @@ def polar_express(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
 def muon_update(
     weight: Tensor, grad: Tensor, momentum_buffer: Tensor, variance: Tensor, lr: Tensor, momentum: Tensor, decay: Tensor
 ) -> None:
@@ -387,22 +400,26 @@ def muon_update(
 
 
 class Stack:
-    """Parameters whose matrices have one shape, so that Muon takes all of them at once; a [3, m, n] one is three."""
+    """Parameters whose matrices have one shape, taken together as [K, m, n]; a [3, m, n] one counts as three."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
-        self.params = params
-        first = self.gather(params)
-        k, m, n = first.shape
-        self.momentum_buffer = torch.zeros_like(first)
-        self.variance = first.new_zeros(k, m, 1) if m <= n else first.new_zeros(k, 1, n)
+        self.params: list[Tensor] = [*params]
+        k, m, n = self.weights().shape
+        device = params[0].device
+        self.momentum_buffer = torch.zeros(k, m, n, device=device)
+        self.variance = torch.zeros((k, m, 1) if m <= n else (k, 1, n), device=device)
 
-    def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """[K, m, n] out of the parameters or their gradients, copied."""
-        return torch.cat([t.reshape(-1, *t.shape[-2:]) for t in tensors if t is not None])
+    def weights(self) -> Tensor:
+        """A copy, [K, m, n]."""
+        return torch.cat([p.detach().view(-1, *p.shape[-2:]) for p in self.params])
 
-    def scatter(self, weight: Tensor) -> None:
-        """Writes [K, m, n] back."""
-        parts = weight.split([p.numel() // p[..., :, :].shape[-2:].numel() for p in self.params])
+    def gradients(self) -> Tensor:
+        """A copy, [K, m, n]."""
+        return torch.cat([gradient(p).view(-1, *p.shape[-2:]) for p in self.params])
+
+    def write(self, weights: Tensor) -> None:
+        """Puts [K, m, n] into the parameters."""
+        parts = weights.split([p.numel() // weights[0].numel() for p in self.params])
         torch._foreach_copy_(self.params, [part.view_as(p) for part, p in zip(parts, self.params, strict=True)])
 
 
@@ -427,7 +444,8 @@ class MuonAdamW:
             by_shape.setdefault(p.shape[-2:], []).append(p)
         self.stacks = [Stack(params) for params in by_shape.values()]
         self.matrix_lr = recipe.matrix_lr
-        self.lr, self.momentum, self.decay = (torch.zeros((), device=device) for _ in range(3))  # no constants to a compiler
+        # Tensors, for a compiler would build a number in, and start over when it changes.
+        self.lr, self.momentum, self.decay = (torch.zeros((), device=device) for _ in range(3))
         self.update = torch.compile(muon_update, dynamic=False) if device.type == "cuda" else muon_update
 
     @torch.no_grad()
@@ -441,9 +459,9 @@ class MuonAdamW:
         self.momentum.fill_(muon_momentum(progress))
         self.decay.fill_(weight_decay(progress))
         for stack in self.stacks:
-            weight, grad = stack.gather(stack.params), stack.gather([p.grad for p in stack.params])
-            self.update(weight, grad, stack.momentum_buffer, stack.variance, self.lr, self.momentum, self.decay)
-            stack.scatter(weight)
+            weights, state = stack.weights(), (stack.momentum_buffer, stack.variance)
+            self.update(weights, stack.gradients(), *state, self.lr, self.momentum, self.decay)
+            stack.write(weights)
 
     def reset(self) -> None:
         """Forgets all steps taken."""
@@ -532,7 +550,7 @@ class Trainer:
     def step(self, progress: float) -> None:
         """Sums the gradients over ranks, takes an optimiser step, drops them."""
         if self.run.world_size > 1:
-            for work in [dist.all_reduce(p.grad, async_op=True) for p in self.model.parameters()]:
+            for work in [dist.all_reduce(gradient(p), async_op=True) for p in self.model.parameters()]:
                 work.wait()
         self.optimizer.step(progress)
         self.model.zero_grad()
@@ -561,7 +579,7 @@ class Trainer:
 
 
 def main() -> None:
-    run = prepare.open_run()
+    run = prepare.open_run(total_steps=TOTAL_BATCHES)
     recipe = recipe_for(run.device)
     check(recipe)
     if run.world_size > 1:

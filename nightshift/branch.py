@@ -170,11 +170,11 @@ class Branch:
         Refuses rather than overwrite an edit. Already there: nothing happens. Where a kill left train.py written but
         the branch behind, it finishes.
         """
+        self.repo.await_lock(needed=True)  # which a git that outlived a killed loop may still hold
         state = self.repo.state()
         if state.on == self.name and state.head == commit:
             return
         self._require(state, expected_tip)
-        self.repo.await_lock(needed=True)
         if state.edits:
             if not self._half_advanced(state, commit):
                 self._refuse_edits(state, f"Commit {commit[:12]} waits to be kept. `git stash push train.py`")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -119,7 +120,8 @@ class ByHand:
             scorer.Scorer(self._config, lease, sandbox.probe(), self._folder) as judge,
         ):
             try:
-                with judge.serve(Path(sys.argv[0]).resolve(), self._folder) as server:
+                train_py = Path(shutil.copy(sys.argv[0], self._folder / "train.py"))
+                with judge.serve(train_py, self._folder) as server:
                     splits = server.score(weights, ("val",))
             except Reject as reason:
                 sys.exit(f"no score: {reason}")

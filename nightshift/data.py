@@ -88,7 +88,10 @@ def command(config: Config) -> str:
 
 def settings(config: Config) -> dict[str, Any]:
     """The part of `config` that the data depends on, as the manifest keeps it."""
-    return {key: getattr(config, key) for key in SETTINGS}
+    kept = {key: getattr(config, key) for key in SETTINGS}
+    if config.source.startswith("local:"):
+        kept["source"] = f"local:{local_folder(config.source)}"  # however the profile spells it
+    return kept
 
 
 def prepare(config: Config, quiet: bool = False) -> Dataset:
@@ -181,7 +184,7 @@ def read_shard_tokens(source: Path | int) -> Tokens:
     fd = os.dup(source) if isinstance(source, int) else os.open(source, os.O_RDONLY)
     with os.fdopen(fd, "rb") as file:
         name = f"descriptor {source}" if isinstance(source, int) else str(source)
-        header = np.frombuffer(os.pread(fd, 12, 0), dtype=np.int32)
+        header = np.frombuffer(os.pread(fd, 12, 0).ljust(12, b"\0"), dtype=np.int32)
         if header.tolist()[:2] != [SHARD_MAGIC, SHARD_VERSION]:
             raise Stop(f"{name}: not a token shard: it does not begin with {SHARD_MAGIC}, {SHARD_VERSION}")
         count, size = int(header[2]), os.fstat(fd).st_size

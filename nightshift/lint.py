@@ -69,14 +69,11 @@ def _dotted(expression: ast.expr, modules: dict[str, str]) -> str:
 
 
 def _is_derived(expression: ast.AST, derived: set[str]) -> bool:
-    """Whether a value comes from run.seed (any `.seed` that is read, not called) or from a name that does."""
-    called = {id(n.func) for n in ast.walk(expression) if isinstance(n, ast.Call)}
-    for node in ast.walk(expression):
-        if isinstance(node, ast.Attribute) and node.attr == "seed" and id(node) not in called:
-            return True
-        if isinstance(node, ast.Name) and node.id in derived:
-            return True
-    return False
+    """Whether a value comes from run.seed (any `.seed`; a call of one is itself found out) or from a name that does."""
+    return any(
+        (isinstance(node, ast.Attribute) and node.attr == "seed") or (isinstance(node, ast.Name) and node.id in derived)
+        for node in ast.walk(expression)
+    )
 
 
 def _derived_names(tree: ast.Module) -> set[str]:

@@ -81,7 +81,7 @@ class Repository:
         unset = [f"-u{name}" for name in os.environ if name.startswith("GIT_") and not name.startswith(KEPT_VARIABLES)]
         add = [f"{name}={value}" for name, value in (env or {}).items()]
         settings = [word for key, value in SETTINGS.items() for word in ("-c", f"{key}={value}")]
-        command = ["env", *unset, *add, "git", "-C", str(self.root), "--literal-pathspecs", *settings, *args]
+        command = ["env", *unset, *add, "git", "-C", str(self.root), *settings, *args]
         with tempfile.TemporaryFile() as file:
             file.write(stdin)
             file.seek(0)

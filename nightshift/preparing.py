@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from nightshift import data, sources, tokenizer
+from nightshift import data, hub, sources, tokenizer
 from nightshift.config import Config
 from nightshift.packing import HeldOut, pack
 from nightshift.sources import Corpus, Document, ReadyTokens
@@ -37,22 +37,23 @@ SPLITS = ("val", "test")
 def prepare(config: Config, quiet: bool) -> data.Dataset:
     """See data.prepare. A data set that is there is checked to the byte, and made anew where it does not hold."""
     root = data.folder(config)
-    with _disk_faults(config, root):
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(root, quiet):
-            if (dataset := _prepared(config, quiet)) is not None:
-                return dataset
-            part, old = root.with_name(root.name + ".part"), root.with_name(root.name + ".old")
-            for leftover in (part, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            part.mkdir()
-            counts, bos_id = _build(config, part, quiet)
-            _write_manifest(config, part, counts, bos_id)
-            if root.exists():
-                root.rename(old)
-            part.rename(root)
-            shutil.rmtree(old, ignore_errors=True)
-            return data.open_dataset(config)
+    if (dataset := _prepared(config, quiet=True)) is not None:
+        return dataset
+    with _disk_faults(config, root), _alone(quiet):
+        if (dataset := _prepared(config, quiet)) is not None:
+            return dataset  # another process made it meanwhile
+        part, old = root.with_name(root.name + ".part"), root.with_name(root.name + ".old")
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        hub.remove_leftovers()
+        part.mkdir()
+        counts, bos_id = _build(config, part, quiet)
+        _write_manifest(config, part, counts, bos_id)
+        if root.exists():
+            root.rename(old)
+        part.rename(root)
+        shutil.rmtree(old, ignore_errors=True)
+        return data.open_dataset(config)
 
 
 def _prepared(config: Config, quiet: bool) -> data.Dataset | None:
@@ -72,13 +73,14 @@ def _prepared(config: Config, quiet: bool) -> data.Dataset | None:
 
 
 @contextmanager
-def _alone(root: Path, quiet: bool) -> Iterator[None]:
-    """Holds the data set's lock; the kernel lets go of it with the process."""
-    with root.with_name(root.name + ".lock").open("a") as lock:
+def _alone(quiet: bool) -> Iterator[None]:
+    """Holds the lock of the data home; the kernel lets go of it with the process."""
+    data.home().mkdir(parents=True, exist_ok=True)
+    with (data.home() / "prepare.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"another process is preparing {root}: waiting for it", quiet)
+            _say(f"another process is preparing data in {data.home()}: waiting for it", quiet)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

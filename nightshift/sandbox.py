@@ -27,7 +27,8 @@ from typing import IO, Any
 NAMESPACES = ["unshare", "-Urpn", "--fork", "--kill-child", "--mount-proc"]
 LIFELINE = ["setpriv", "--pdeathsig", "KILL"]
 SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/proc", "/sys"]
-DEVICES = ["/dev"]
+DEVICES = ["null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "nvidia*"]  # of /dev
+PROC = Path("/proc")  # where it cannot be written, CUDA does not start (driver 580); inside, it is a /proc of their own
 ROOT = Path(__file__).resolve().parent.parent
 FACE = ["prepare.py", "nightshift", "config.yaml"]  # what a run may import, and the file that goes with it
 PASSED_PREFIXES = ("NCCL_", "TORCH", "NVSHMEM_", "CUDA_", "NVIDIA_", "TRITON_", "LC_", "OMP_", "MKL_", "PYTORCH_")
@@ -103,16 +104,16 @@ def spawn(
     writable: Sequence[Path] = (),
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Starts argv in `folder`, which it may write, and with it `writable`, /dev and /dev/shm; the rest it may not.
+    """Starts argv in `folder`, which it may write, and with it `writable` and a few devices; the rest it may not.
 
     To be called from the main thread: the lifeline is cut when the thread that spawned ends.
     """
     face = make_face(folder)
     rules = {
         "read": [str(p) for p in readable(face) if p.exists()],
-        "write": [str(p) for p in [folder, *writable, *map(Path, DEVICES)] if p.exists()],
+        "write": [str(p) for p in [folder, *writable, PROC, *_devices()] if p.exists()],
         "landlock": tier.landlock,
-        "loopback": tier.namespaces,
+        "namespaces": tier.namespaces,
     }
     shim = [sys.executable, "-I", "-S", __file__, json.dumps(rules), "--", *argv]
     chain = [*LIFELINE, *(NAMESPACES if tier.namespaces else []), *shim]
@@ -126,6 +127,11 @@ def spawn(
         pass_fds=pass_fds,
         start_new_session=True,
     )
+
+
+def _devices() -> list[Path]:
+    """What of /dev a run may open; a disk is not among it."""
+    return [path for name in DEVICES for path in sorted(Path("/dev").glob(name))]
 
 
 def descendants(pid: int) -> list[int]:
@@ -168,6 +174,8 @@ _WRITE = 1 << 1 | 0b1111_1111_0000  # write a file; remove and make what a direc
 _MAKE_SYM, _REFER, _TRUNCATE = 1 << 12, 1 << 13, 1 << 14
 _ON_FILES = 1 << 0 | 1 << 1 | 1 << 2 | _TRUNCATE
 _PR_SET_NO_NEW_PRIVS = 38
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND = 1, 32, 4096
+MACHINE_WIDE = ["sys", "sysrq-trigger", "irq", "bus", "fs"]
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 
@@ -191,6 +199,16 @@ def _loopback_up() -> None:
         fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | _IFF_UP))
 
 
+def _proc_read_only() -> None:
+    """Shuts the parts of /proc that steer the whole machine: they trust the root that a loop run by root maps to."""
+    for name in MACHINE_WIDE:
+        path = f"/proc/{name}".encode()
+        if os.path.exists(path):
+            for flags in (_MS_BIND, _MS_BIND | _MS_REMOUNT | _MS_RDONLY):
+                if _libc().mount(path, path, None, flags, None):
+                    raise OSError(ctypes.get_errno(), "mount", path.decode())
+
+
 def _landlock(abi: int, read: Sequence[str], write: Sequence[str]) -> None:
     """Allows `read` to be read and executed, `write` to be changed too, and nothing else (landlock(7))."""
     libc = _libc()
@@ -212,8 +230,9 @@ def _landlock(abi: int, read: Sequence[str], write: Sequence[str]) -> None:
 
 def _enter() -> None:
     rules, command = json.loads(sys.argv[1]), sys.argv[3:]
-    if rules["loopback"]:
+    if rules["namespaces"]:
         _loopback_up()
+        _proc_read_only()
     if rules["landlock"]:
         _landlock(rules["landlock"], rules["read"], rules["write"])
     os.execvp(command[0], command)

@@ -3,7 +3,8 @@
     python -m nightshift.scoring SOCKET_FD SETUP_JSON
 
 Bits per byte = total nats / (ln 2 × total bytes) over all scored tokens; a token's bytes are its raw length, and
-tokens without bytes (special ones) are not scored. The log-softmax is taken here, in float32, summed in float64.
+tokens without bytes (special ones) are not scored, but in a time_to_target night, whose text is scored as the
+speedrun scores it: every token once. The log-softmax is taken here, in float32, summed in float64.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Scoring:
         self.dataset = data.open_dataset(config)
         self.token_bytes = torch.from_numpy(self.dataset.token_bytes().astype(np.int64)).to(self.device)
         self.patience_s = config.startup_s
-        self.free_rows = config.objective == "time_to_target"
+        self.consecutive = config.objective == "time_to_target"
         self.buffers: Buffers | None = None
 
     def rows(self, split: str, row_len: int) -> np.ndarray:
@@ -82,7 +83,7 @@ class Scoring:
         if packed.shape[1] == row_len + 1:
             return packed
         total = packed.shape[0] * (packed.shape[1] - 1)
-        if not self.free_rows or row_len < 1 or total % row_len:
+        if not self.consecutive or row_len < 1 or total % row_len:
             raise Reject("invalid", f"the model asked for rows of {row_len} tokens; the split has {total}")
         text = np.append(packed[:, :-1].reshape(-1), packed[-1, -1])
         return np.lib.stride_tricks.sliding_window_view(text, row_len + 1)[::row_len]
@@ -109,7 +110,7 @@ class Scoring:
             batch = torch.from_numpy(rows[start : start + size].astype(np.int64)).to(self.device)
             losses = self._batch(server, batch)
             lengths = self.token_bytes[batch[:, 1:]]
-            scored = lengths > 0
+            scored = (lengths > 0) | self.consecutive
             total += float(losses.double()[scored].sum())
             total_bytes += int(lengths.sum())
             count += int(scored.sum())

@@ -230,8 +230,8 @@ def climbmix(config: Config, quiet: bool = False) -> Corpus:
     num_shards = CLIMBMIX_SHARDS
     if config.train_tokens is not None:
         num_shards = min(CLIMBMIX_LAST, math.ceil(config.train_tokens / CLIMBMIX_SHARD_TOKENS))
-    numbers = [*range(num_shards), CLIMBMIX_LAST]
-    *train, last = [hub.fetch(config, CLIMBMIX, f"shard_{n:05d}.parquet", quiet=quiet) for n in numbers]
+    names = [f"shard_{n:05d}.parquet" for n in (*range(num_shards), CLIMBMIX_LAST)]
+    *train, last = hub.fetch(config, CLIMBMIX, names, quiet=quiet)
     num_documents = [_rows_of(config, path) for path in (*train, last)]
 
     def documents() -> Iterator[Document]:
@@ -273,19 +273,18 @@ def fineweb(config: Config, quiet: bool = False) -> ReadyTokens:
     if config.train_tokens is not None:
         num_shards = min(FINEWEB_LAST, math.ceil(config.train_tokens / FINEWEB_SHARD_TOKENS))
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{n:06d}.bin" for n in range(1, num_shards + 1))]
-    paths = []
-    for name in names:
-        paths.append(hub.fetch(config, FINEWEB, name, quiet=quiet))
+    (vocab_json,) = hub.fetch(config, "openai-community/gpt2", ["vocab.json"], repo_type="model", quiet=quiet)
+    val, *train = hub.fetch(config, FINEWEB, names, quiet=quiet)
+    for path in (val, *train):
         try:
-            data.read_shard_tokens(paths[-1])
+            data.read_shard_tokens(path)
         except Stop as fault:
-            raise hub.damaged(config, paths[-1], str(fault).partition(": ")[2]) from None
-    vocab_json = hub.fetch(config, "openai-community/gpt2", "vocab.json", repo_type="model", quiet=quiet)
+            raise hub.damaged(config, path, str(fault).partition(": ")[2]) from None
     try:
         vocab = json.loads(vocab_json.read_bytes())
     except ValueError as error:
         raise hub.damaged(config, vocab_json, str(error)) from None
-    return ReadyTokens(tuple(paths[1:]), paths[0], vocab)
+    return ReadyTokens(tuple(train), val, vocab)
 
 
 # ---- splitting

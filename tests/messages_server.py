@@ -56,76 +56,75 @@ def failure(status: int, kind: str, message: str, code: str = "", **headers: str
     return Reply(status=status, error=error, headers=named)
 
 
-class MessagesServer:
+class MessagesServer(ThreadingHTTPServer):
     """Use as a context; `requests` and `times` hold what came in, `url` goes into ANTHROPIC_BASE_URL."""
 
     def __init__(self, *script: Reply) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
         self.script = list(script)
         self.requests: list[Json] = []
         self.times: list[float] = []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self) -> MessagesServer:
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers each request with the next line of the server's script."""
 
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                outer.times.append(time.monotonic())
-                outer.requests.append(request)
-                assert self.path == "/v1/messages" and request["stream"] is True
-                if len(outer.requests) > len(outer.script):
-                    reply = failure(400, "invalid_request_error", "the script is at its end")
-                else:
-                    reply = outer.script[len(outer.requests) - 1]
-                self.close_connection = True
-                if reply.status != 200:
-                    self._send_error_body(reply)
-                else:
-                    self._send_stream(reply, request["model"])
+    protocol_version = "HTTP/1.1"
+    server: MessagesServer
 
-            def _send_error_body(self, reply: Reply) -> None:
-                body = json.dumps({"type": "error", "error": reply.error}).encode()
-                self.send_response(reply.status)
-                for name, value in reply.headers.items():
-                    self.send_header(name, value)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.times.append(time.monotonic())
+        self.server.requests.append(request)
+        assert self.path == "/v1/messages" and request["stream"] is True
+        at = len(self.server.requests) - 1
+        over = failure(400, "invalid_request_error", "the script is at its end")
+        reply = self.server.script[at] if at < len(self.server.script) else over
+        if reply.status == 200:
+            self._send_stream(reply, request["model"])
+        else:
+            self._send_error_body(reply)
 
-            def _send_stream(self, reply: Reply, model: str) -> None:
-                self.send_response(200)
-                self.send_header("content-type", "text/event-stream")
-                self.send_header("transfer-encoding", "chunked")
-                self.end_headers()
-                for number, event in enumerate(events(reply, model)):
-                    if number == 1:
-                        time.sleep(reply.delay_s)
-                    data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
-                    self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-                    self.wfile.flush()
-                    if event["type"] == "content_block_delta" and reply.break_off:
-                        if reply.clean:
-                            break
-                        return
-                self.wfile.write(b"0\r\n\r\n")
+    def _send_error_body(self, reply: Reply) -> None:
+        body = json.dumps({"type": "error", "error": reply.error}).encode()
+        self.send_response(reply.status)
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.send_header("connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
 
-            def log_message(self, format: str, *args: object) -> None:
-                """Keeps the test's output free of access lines."""
+    def _send_stream(self, reply: Reply, model: str) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.send_header("connection", "close")
+        self.end_headers()
+        for number, event in enumerate(events(reply, model)):
+            if number == 1:
+                time.sleep(reply.delay_s)
+            data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+            self.wfile.flush()
+            if event["type"] == "content_block_delta" and reply.break_off:
+                if reply.clean:
+                    break
+                return
+        self.wfile.write(b"0\r\n\r\n")
 
-        return Handler
+    def log_message(self, format: str, *args: object) -> None:
+        """Keeps the test's output free of access lines."""
 
 
 def events(reply: Reply, model: str) -> Iterator[Json]:

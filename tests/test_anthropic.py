@@ -79,7 +79,10 @@ class Night:
         self.proposer = Anthropic(config(**flags), self.purse, self.said.append, self.halt, patience_s, 0.05)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *script: Reply, **options: Any) -> tuple[Proposal | None, MessagesServer, Night]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, *script: Reply, **options: Any
+) -> tuple[Proposal | None, MessagesServer, Night]:
+    """One proposal against a server that answers with `script`, every line of which must be used."""
     with MessagesServer(*script) as server:
         night = Night(server.url, monkeypatch, **options)
         try:
@@ -114,7 +117,8 @@ def test_an_edit_that_does_not_match_is_mended(monkeypatch: pytest.MonkeyPatch) 
     answer, result = server.requests[1]["messages"][1:]
     assert answer["content"][0] == THINKING
     sent = answer["content"][1]
-    assert set(sent) == {"type", "id", "name", "input"} and sent["input"]["edits"][0]["search"] == "LR = 0.4\nDEPTH  = 4"
+    assert set(sent) == {"type", "id", "name", "input"}
+    assert sent["input"]["edits"][0]["search"] == "LR = 0.4\nDEPTH  = 4"
     told = result["content"][0]
     assert told["is_error"] and told["tool_use_id"] == sent["id"]
     assert "lines 3 to 4" in told["content"] and "LR = 0.04\nDEPTH = 4" in told["content"]
@@ -239,7 +243,7 @@ def test_what_only_a_person_can_mend_stops_at_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_halt_ends_a_wait_and_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = replace(edit("LR = 0.04", "LR = 0.05"), delay_s=0.6)
+    slow = replace(edit("LR = 0.04", "LR = 0.05"), delay_s=5)
     for reply in (failure(529, "overloaded_error", "Overloaded", retry_after="30"), slow):
         with MessagesServer(reply) as server:
             night = Night(server.url, monkeypatch)
@@ -247,7 +251,7 @@ def test_halt_ends_a_wait_and_an_answer(monkeypatch: pytest.MonkeyPatch) -> None
             began = time.monotonic()
             with pytest.raises(Retry, match="interrupted"):
                 night.proposer.propose(brief())
-            assert time.monotonic() - began < 5
+            assert 0.3 <= time.monotonic() - began < 2
 
 
 @settings(max_examples=25, deadline=None)
@@ -255,8 +259,11 @@ def test_halt_ends_a_wait_and_an_answer(monkeypatch: pytest.MonkeyPatch) -> None
 def test_max_usd_is_never_passed(limit: float, script: list[str]) -> None:
     """Whatever the API does: reservations never pass the limit, and the proposer ends with None or a proposal."""
     replies = {
-        "good": edit("LR = 0.04", "LR = 0.05"), "miss": edit("nothing", ""), "529": failure(529, "overloaded_error", ""),
-        "cut": replace(says("..."), stop_reason="max_tokens"), "drop": replace(says("..."), break_off=True),
+        "good": edit("LR = 0.04", "LR = 0.05"),
+        "miss": edit("nothing", ""),
+        "529": failure(529, "overloaded_error", ""),
+        "cut": replace(says("..."), stop_reason="max_tokens"),
+        "drop": replace(says("..."), break_off=True),
     }
     with MessagesServer(*(replies[name] for name in script), *[replies["good"]] * 20) as server, \
             pytest.MonkeyPatch.context() as patch:

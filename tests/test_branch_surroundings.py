@@ -18,9 +18,6 @@ root = pytest.fixture(repositories.root)
 branch = pytest.fixture(repositories.branch)
 
 
-# What lies around
-
-
 def test_hooks_signing_and_the_persons_configuration(root: Path, tmp_path: Path) -> None:
     marker = tmp_path / "hook-ran"
     for hook in ("pre-commit", "commit-msg", "post-commit", "post-merge", "post-checkout", "reference-transaction"):
@@ -92,29 +89,32 @@ def test_git_variables_from_outside_change_nothing(root: Path, tmp_path: Path, m
     assert git(root, "status", "--porcelain") == ""
 
 
-@pytest.mark.parametrize("attribute", ["", "* text=auto eol=crlf\n", "*.py filter=upper\n"])
-def test_line_endings_and_filters_do_not_change_the_bytes(root: Path, attribute: str) -> None:
+@pytest.mark.parametrize("attributes", ["", "* text=auto eol=crlf\n"])
+def test_line_endings_do_not_change_the_bytes(root: Path, attributes: str) -> None:
     git(root, "config", "core.autocrlf", "true")
-    git(root, "config", "filter.upper.clean", "tr a-z A-Z")
-    (root / ".git/info/attributes").write_text(attribute)
-    git(root, "rm", "-q", "--cached", "train.py")
-    git(root, "reset", "-q", "--hard")
+    (root / ".git/info/attributes").write_text(attributes)
+    (root / "train.py").unlink()
+    git(root, "checkout", "-q", "--", "train.py")
+    assert b"\r\n" in (root / "train.py").read_bytes()
     branch = Branch(root, "nov20")
-    if "filter" in attribute:  # git itself calls train.py edited, since its filter would change it
-        text = "x = 1\r\ny = 2\n"
-        blob = branch.write_blob(text)
-        assert branch.read_blob(blob) == text.encode()
-        assert branch.read_blob(branch.blob(branch.keep(blob, branch.head(), "same", AT))) == text.encode()
-        return
-    branch.start()
+    assert branch.read_blob(branch.blob(branch.start())) == TRAIN.encode()
     commit = keep(branch, BETTER)
     assert branch.read_blob(branch.blob(commit)) == BETTER.encode()
     branch.check(commit)
-    (root / "results.tsv").write_bytes(b"a\nb\n")
-    tip = branch.publish([Path("results.tsv")], "ledger", AT)
-    assert branch.read_blob(f"{tip}:results.tsv") == b"a\nb\n"
+    paths = ledger(root)
+    tip = branch.publish(paths, "ledger", AT)
+    for path in ("results.tsv", "experiments/nov20/1/run.log"):
+        assert branch.read_blob(f"{tip}:{path}") == (root / path).read_bytes()
     branch.check(tip)
     assert git(root, "status", "--porcelain") == ""
+
+
+def test_filters_do_not_change_the_bytes(branch: Branch, root: Path) -> None:
+    git(root, "config", "filter.upper.clean", "tr a-z A-Z")
+    (root / ".git/info/attributes").write_text("*.py filter=upper\n")
+    text = "x = 1\r\ny = 2"
+    commit = branch.candidate(1, branch.write_blob(text), branch.head(), "same", AT)
+    assert branch.read_blob(branch.blob(commit)) == text.encode()
 
 
 def test_a_linked_worktree(root: Path, tmp_path: Path) -> None:

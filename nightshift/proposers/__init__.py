@@ -25,10 +25,10 @@ class Proposer(Protocol):
 class Budget(Protocol):
     """The night's money. A reservation that is never settled counts as spent."""
 
-    def reserve(self, usd: float) -> str | None:
+    def reserve(self, usd: float, /) -> str | None:
         """Journals that a call may cost `usd`; the call's id, or None if that could pass --max-usd."""
 
-    def settle(self, call_id: str, usd: float, detail: dict[str, Any]) -> None:
+    def settle(self, call: str, usd: float, detail: dict[str, Any], /) -> None:
         """Journals what the call really cost."""
 
 

@@ -160,9 +160,6 @@ class Anthropic:
 
     def _ask(self, talk: Talk) -> Message | None:
         """One answer, after as many tries as it takes; None where the money does not suffice for another."""
-        import anthropic
-        import httpx2
-
         request = {"model": self.model, "max_tokens": self.max_output_tokens, "system": briefs.SYSTEM, "tools": [TOOL],
                    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "messages": talk.messages()}
         worst = self._worst(request, talk.output_tokens)
@@ -172,15 +169,39 @@ class Anthropic:
             if call is None:
                 self.say(f"anthropic: another call could cost ${worst:.2f}, more than --max-usd leaves")
                 return None
+            answer = self._try(request)
+            if not isinstance(answer, Exception):
+                self._settle(call, answer, talk)
+                return answer
+            if unbilled(answer):
+                self.budget.settle(call, 0.0, {"model": self.model, "error": describe(answer)})
+            patience.wait(answer)
+
+    def _try(self, request: dict[str, Any]) -> Message | Exception:
+        """The answer, or the API's or the network's error. Raises Retry once `halt` is set, the call left to itself.
+
+        The call has a thread of its own: a model thinks for minutes without a word, and Ctrl-C must not wait for it.
+        """
+        import anthropic
+        import httpx2
+
+        outcome: list[Message | Exception] = []
+
+        def call() -> None:
             try:
-                answer = self._stream(request)
+                outcome.append(self._stream(request))
             except (anthropic.APIError, anthropic.CredentialsError, httpx2.TransportError, ConnectionError) as error:
-                if unbilled(error):
-                    self.budget.settle(call, 0.0, {"model": self.model, "error": describe(error)})
-                patience.wait(error)
-                continue
-            self._settle(call, answer, talk)
-            return answer
+                outcome.append(error)
+
+        thread = threading.Thread(target=call, daemon=True, name="anthropic call")
+        thread.start()
+        while thread.is_alive():
+            if self.halt.is_set():
+                raise Retry("anthropic: interrupted while the model was answering", 0.0)
+            thread.join(0.1)
+        if not outcome:
+            raise RuntimeError("the call to the Anthropic API died of a fault in nightshift; its traceback is above")
+        return outcome[0]
 
     def _stream(self, request: dict[str, Any]) -> Message:
         """The whole answer. Raises ConnectionError for one that breaks off: a part of it is worth nothing."""
@@ -189,8 +210,6 @@ class Anthropic:
             try:
                 for event in stream:
                     whole = event.type == "message_stop"
-                    if self.halt.is_set():
-                        raise Retry("anthropic: interrupted while the model was answering", 0.0)
             except ValueError as error:  # the SDK's word for a tool input that is no JSON
                 raise ConnectionError(f"unreadable answer: {error}") from None
             if not whole:

@@ -1,0 +1,408 @@
+"""Real runs, good and bad, in the real sandbox: the right status and reason, soon, and nothing left of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import BIGRAM, alive, bare, candidate, gone, no_server, rejection, train
+
+from nightshift import config, runner
+from nightshift.runner import Bench, Live
+from nightshift.sandbox import Tier
+from nightshift.scorer import Scorer
+from nightshift.values import Stop
+
+TORCH = BIGRAM.partition("    for step")
+SAVE = "weights.write_bytes(bytes(8)); line.saved(); time.sleep(60)"
+
+
+# ---- what fails before the first batch
+
+
+@pytest.mark.parametrize(
+    ("train_py", "reason"),
+    [
+        ("def load(weights, device): ...\nmain()\n", "NameError: name 'main' is not defined"),
+        ("def main(:\n", "SyntaxError: invalid syntax"),
+        ("import flash_attention_9\n", "No module named 'flash_attention_9'"),
+        ("raise MemoryError\n", "MemoryError"),
+        ("import os\nos.kill(os.getpid(), 11)\nos.abort()\n", "train.py ended before run.finish(), exit status"),
+        ("print('nothing to do')\n", "exit status 0\nnothing to do"),
+        ("raise SystemExit('x' * 100_000)\n", "exit status 1"),
+    ],
+)
+def test_a_train_py_that_does_not_start_is_a_crash(
+    bench: Bench, scorer: Scorer, tmp_path: Path, train_py: str, reason: str
+) -> None:
+    status, why, seconds = rejection(bench, scorer, tmp_path, train_py)
+    assert status == "crash" and reason in why and why.startswith("train.py ended before run.finish()")
+    assert seconds < 5 and len(why) < 20_000
+
+
+def test_the_reason_ends_with_the_last_fifty_lines_of_the_log(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    _, why, _ = rejection(bench, scorer, tmp_path, "for n in range(1000): print('line', n)\n")
+    assert why.splitlines()[1:] == [f"line {n}" for n in range(950, 1000)]
+
+
+def test_a_run_killed_for_memory_is_a_crash(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+    status, why, _ = rejection(bench, scorer, tmp_path, limit + "held = []\nwhile True: held.append(bytes(1 << 26))\n")
+    assert status == "crash" and "MemoryError" in why
+
+
+def test_a_hang_before_the_first_batch_is_a_timeout(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    status, why, seconds = rejection(bench, scorer, tmp_path, "import time; time.sleep(60)\n", startup_s=1.0)
+    assert status == "timeout" and why == "no batch was asked for within startup_s = 1 s" and 1 < seconds < 3
+
+
+def test_a_model_server_that_hangs_at_import_is_named_in_the_timeout(
+    bench: Bench, scorer: Scorer, tmp_path: Path
+) -> None:
+    hangs = "import time\nif __name__ == '__main__':\n" + "".join(
+        f"    {line}\n" for line in bare("line.begin()").splitlines()
+    )
+    bench = replace(bench, config=replace(bench.config, startup_s=3.0))
+    with (
+        scorer.serve(candidate(tmp_path, hangs + "else: time.sleep(60)\n").folder / "train.py", tmp_path) as server,
+        pytest.raises(Exception, match="train.py was not imported for scoring within startup_s = 3 s"),
+    ):
+        runner.train(candidate(tmp_path, hangs + "else: time.sleep(60)\n"), bench, server, lambda live: None)
+    assert alive(str(tmp_path)) == []
+
+
+# ---- what fails on the clock
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason", "within_s"),
+    [
+        ("time.sleep(60)", "timeout", "trained for longer than its 1 s and 1.0 s of grace", 4),
+        ("line.log(3, float('nan'), 9); time.sleep(60)", "crash", "the loss is nan at step 3", 2),
+        ("line.log(3, float('inf'), 9); time.sleep(60)", "crash", "the loss is inf at step 3", 2),
+        ("line.log(4, 4.1 * 5.71, 9); time.sleep(60)", "crash", "the loss exploded to 23.4 at step 4", 2),
+        ("sys.exit(3)", "crash", "train.py ended before run.finish(), exit status 3", 2),
+        ("os.kill(os.getpid(), 9)", "crash", "train.py ended before run.finish(), exit status", 2),
+        ("finish(); time.sleep(60)", "timeout", "the weights were not saved within 5 s of run.finish()", 8),
+        ("finish(); sys.exit()", "crash", "train.py ended before its weights were saved, exit status 0", 2),
+        ("finish(); line.saved(); time.sleep(60)", "invalid", "weights are saved, and they are not there", 2),
+        ("raw.shutdown(2); time.sleep(60)", "timeout", "trained for longer than", 4),
+        ("raw.send(b'')\ntime.sleep(60)", "timeout", "trained for longer than", 4),
+    ],
+)
+def test_a_run_that_fails_after_its_first_batch(
+    bench: Bench, scorer: Scorer, tmp_path: Path, body: str, status: str, reason: str, within_s: float
+) -> None:
+    found, why, seconds = rejection(bench, scorer, tmp_path, bare(f"line.begin()\n{body}"))
+    assert found == status and reason in why and seconds < within_s
+
+
+@pytest.mark.parametrize(
+    ("save", "reason"),
+    [
+        ("weights.write_bytes(bytes(7))", "the weights file has 7 bytes, the run announced 8"),
+        ("os.truncate(os.open(weights, os.O_CREAT | os.O_WRONLY), 9 + (16 << 20))", "the weights file has 16777225"),
+        ("weights.symlink_to('/etc/passwd')", "the weights are not a regular file"),
+        ("weights.mkdir()", "the weights are not a regular file"),
+        ("os.mkfifo(weights)", "the weights are not a regular file"),
+    ],
+)
+def test_weights_that_are_not_what_was_announced(
+    bench: Bench, scorer: Scorer, tmp_path: Path, save: str, reason: str
+) -> None:
+    status, why, _ = rejection(bench, scorer, tmp_path, bare(f"line.begin(); finish(); {save}; line.saved()"))
+    assert status == "invalid" and reason in why
+
+
+def test_an_announced_size_cannot_buy_time(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    huge = bare("line.begin(); finish(size=10**15); time.sleep(60)")
+    status, why, seconds = rejection(bench, scorer, tmp_path, huge, startup_s=2.0)
+    assert status == "timeout" and "were not saved within 7 s" in why and seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("finish()", "said 'finish' on its socket where that makes no sense"),
+        ("line.saved()", "said 'saved' on its socket"),
+        ("raw.send(b'{\"begin\": 1}')", "said 'begin' on its socket"),
+        ("raw.send(b'{\"hello\": 0}')", "said 'hello' on its socket"),
+        ("RankEnd(Path(os.environ['NIGHTSHIFT_SOCKET']), 0)", "opened more connections than it has ranks"),
+        ("raw.send(b'\\xff\\x00{')", "sent a malformed message"),
+        ("raw.send(b'[' * 60_000)", "sent a malformed message"),
+        ("raw.send(b'{\"log\": [0, 0, ' + b'9' * 60_000 + b']}')", "sent a malformed message"),
+        ("raw.setsockopt(1, 7, 1 << 20); raw.send(bytes(100_000))", "sent a message of over 65536 bytes"),
+        ("raw.send(json.dumps({'log': [0, 1.0, 10**400]}).encode())", "logged something that is not"),
+        ("line.begin(); raw.send(b'{\"finish\": {\"bytes\": -1}}')", "finish message is malformed"),
+        ("line.begin(); finish(steps=10**400)", "finish message has impossible figures"),
+        ("line.begin(); finish(); finish()", "said 'finish' on its socket"),
+    ],
+)
+def test_a_socket_that_is_misused_is_invalid(
+    bench: Bench, scorer: Scorer, tmp_path: Path, body: str, reason: str
+) -> None:
+    status, why, seconds = rejection(bench, scorer, tmp_path, bare(body + "\ntime.sleep(60)"))
+    assert status == "invalid" and reason in why and seconds < 3
+
+
+def test_a_rank_that_hangs_up_at_once_does_not_end_the_night(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    rude = """
+    for verb in 20 * [b'{"hello": 0}']:
+        other = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        raw.close()
+        other.connect(os.environ["NIGHTSHIFT_SOCKET"])
+        other.send(verb)
+        other.close()
+        time.sleep(0.01)
+    """
+    status, _, _ = rejection(bench, scorer, tmp_path, bare(rude))
+    assert status in ("crash", "invalid")
+
+
+# ---- what is left of a run, and what it could reach
+
+
+DAEMON = """
+if not os.fork():
+    os.setsid()
+    if not os.fork():
+        os.execvp("sleep", ["sleep", "1234.5"])
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize("body", ["line.begin(); time.sleep(60)", "sys.exit(1)", f"line.begin(); finish(); {SAVE}"])
+@pytest.mark.parametrize("tier", ["best", "no namespaces", "nothing"])
+def test_a_daemon_goes_with_its_run(bench: Bench, scorer: Scorer, tmp_path: Path, tier: str, body: str) -> None:
+    tiers = {"best": bench.tier, "no namespaces": Tier(False, bench.tier.landlock), "nothing": Tier(False, 0)}
+    bench = replace(bench, tier=tiers[tier])
+    text = bare(f"{DAEMON}\nPath('daemon').touch()\n{body}")
+    if SAVE in body:
+        assert train(bench, scorer, tmp_path, text).train_s < 1
+    else:
+        rejection(bench, scorer, tmp_path, text)
+    assert (tmp_path / "daemon").exists() and alive(str(tmp_path)) == []
+
+
+LOOP = """
+import json, sys
+from pathlib import Path
+from runs import candidate, no_server
+from nightshift import config, data, devices, runner, sandbox
+folder = Path(sys.argv[1])
+made = config.Config(**json.loads(sys.argv[2]))
+tier = sandbox.probe() if sys.argv[3] == "best" else sandbox.Tier(False, 0)
+with devices.lease(0) as lease, no_server(None, folder) as server:
+    bench = runner.Bench(made, data.open_dataset(made), lease, tier, folder / "cache")
+    runner.train(candidate(folder, sys.stdin.read()), bench, server, lambda live: print(live.phase, flush=True))
+"""
+
+
+@pytest.mark.parametrize("tier", ["best", "nothing"])
+def test_nothing_outlives_a_loop_that_is_killed(bench: Bench, tmp_path: Path, tier: str) -> None:
+    settings = json.dumps(asdict(replace(bench.config, budget_s=60.0)))
+    env = os.environ | {"PYTHONPATH": f"{config.ROOT}:{Path(__file__).parent}"}
+    argv = [sys.executable, "-c", LOOP, str(tmp_path), settings, tier]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, env=env, stdin=pipe, stdout=pipe, text=True) as loop:
+        assert loop.stdin and loop.stdout
+        loop.stdin.write(bare(f"subprocess.Popen(['sleep', '1234'])\n{DAEMON}\nline.begin()\ntime.sleep(60)"))
+        loop.stdin.close()
+        while loop.stdout.readline() != "training\n":
+            assert loop.poll() is None
+        assert len(alive(str(tmp_path))) >= 4
+        loop.send_signal(signal.SIGKILL)
+    assert gone(str(tmp_path), within_s=5)
+
+
+SPY = """
+found = {}
+def tries(name, action):
+    try:
+        found[name] = repr(action())
+    except Exception as error:
+        found[name] = type(error).__name__
+def connect(where, family=socket.AF_INET):
+    with socket.socket(family) as sock:
+        sock.settimeout(2)
+        sock.connect(where)
+_, (clock, shard, starts, *_) = line.begin()
+for path in json.loads(os.environ["LC_SPY"]):
+    tries("read " + path, lambda: open(path, "rb").read(1))
+    tries("write " + path, lambda: open(path, "ab").close())
+tries("list", lambda: os.listdir(os.path.dirname(os.readlink(f"/proc/self/fd/{shard}"))))
+tries("port", lambda: connect(("127.0.0.1", int(os.environ["LC_PORT"]))))
+tries("abstract", lambda: connect("\\0nightshift-spy", socket.AF_UNIX))
+tries("fd read", lambda: struct.unpack("<i", os.pread(shard, 4, 0))[0])
+tries("fd write", lambda: os.pwrite(shard, b"x", 0))
+tries("fd reopened", lambda: os.open(f"/proc/self/fd/{shard}", os.O_RDWR))
+tries("fd reopened to read", lambda: os.open(f"/proc/self/fd/{shard}", os.O_RDONLY))
+tries("fd truncated", lambda: os.truncate(f"/proc/self/fd/{shard}", 0))
+tries("kill", lambda: os.kill(int(os.environ["LC_PID"]), 0))
+tries("mount", lambda: subprocess.run(["mount", "-t", "tmpfs", "none", "home"], check=True, capture_output=True))
+found["environment"] = sorted(os.environ)
+found["processes"] = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+Path("found.json").write_text(json.dumps(found))
+finish(); weights.write_bytes(bytes(8)); line.saved(); time.sleep(60)
+"""
+
+
+def test_a_run_reaches_neither_data_nor_journal_nor_keys_nor_network(
+    bench: Bench, scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (bench.tier.namespaces and bench.tier.landlock):
+        pytest.skip(f"this machine offers {bench.tier}")
+    root, folder = bench.dataset.root, tmp_path / "night" / "runs" / "001"
+    key = tmp_path / "home" / ".ssh" / "id_ed25519"
+    journal = tmp_path / "night" / "journal.jsonl"
+    for path in (key, journal):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("secret")
+    names = ["val.npy", "test.npy", "manifest.json", bench.dataset.shards[0].name, bench.dataset.doc_starts[0].name]
+    checkout = [str(config.ROOT / name) for name in (".git/HEAD", "loop.py", "tests/runs.py")]
+    paths = [str(root / name) for name in names] + [str(key), "../../journal.jsonl", str(journal), *checkout]
+    for name in ("ANTHROPIC_API_KEY", "HF_TOKEN", "NVIDIA_API_KEY", "NCCL_SECRET", "NIGHTSHIFT_DATA"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LC_SPY", json.dumps(paths))  # a name that is passed on
+    monkeypatch.setenv("LC_PID", str(os.getpid()))
+    before = {path: path.read_bytes() for path in root.iterdir()}
+    with socket.create_server(("127.0.0.1", 0)) as port, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind("\0nightshift-spy")
+        abstract.listen()
+        monkeypatch.setenv("LC_PORT", str(port.getsockname()[1]))
+        train(bench, scorer, folder, bare(SPY))
+    found = json.loads((folder / "found.json").read_text())
+    assert {found[f"{verb} {path}"] for verb in ("read", "write") for path in paths} == {"PermissionError"}
+    assert found["list"] == "PermissionError"
+    assert found["port"] == found["abstract"] == "ConnectionRefusedError"
+    assert found["fd read"] == "20240520" and found["fd write"] == "OSError"
+    for how in ("reopened", "reopened to read", "truncated"):
+        assert found[f"fd {how}"] == "PermissionError"
+    assert found["kill"] == "ProcessLookupError" and found["mount"] == "CalledProcessError"
+    assert not {"ANTHROPIC_API_KEY", "HF_TOKEN", "NVIDIA_API_KEY", "NCCL_SECRET", "NIGHTSHIFT_DATA"} & set(
+        found["environment"]
+    )
+    assert os.getpid() not in found["processes"] and 1 in found["processes"]
+    assert {path: path.read_bytes() for path in root.iterdir()} == before and journal.read_text() == "secret"
+
+
+def test_a_log_that_is_made_a_link_is_not_read(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("the person's own")
+    for what in (f"os.symlink({str(secret)!r}, 'run.log')", "os.mkfifo('run.log')", "os.mkdir('run.log')"):
+        folder = tmp_path / str(abs(hash(what)))
+        _, why, seconds = rejection(bench, scorer, folder, bare(f"os.unlink('run.log')\n{what}\nsys.exit(1)"))
+        assert why == "train.py ended before run.finish(), exit status 1" and seconds < 3
+
+
+# ---- what works
+
+
+def test_a_run_is_measured_from_outside(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    seen: list[Live] = []
+    body = """
+    time.sleep(0.4)
+    t0, files = line.begin()
+    assert len(files) == 3 and abs(time.monotonic() - t0) < 0.2
+    held = bytearray(os.urandom(1 << 20)) * 80
+    line.log(7, 2.5, 1000)
+    time.sleep(0.6)
+    finish(); weights.write_bytes(bytes(8)); line.saved(); time.sleep(60)
+    """
+    with no_server(scorer, tmp_path) as server:
+        run = runner.train(candidate(tmp_path, bare(body)), bench, server, seen.append)
+    assert run.startup_s > 0.4 and 0.6 < run.train_s < 1.2 and run.peak_memory_mb > 80
+    assert run.steps == 1 and run.weights.read_bytes() == bytes(8) and alive(str(tmp_path)) == []
+    phases = [live.phase for live in seen]
+    assert phases == sorted(phases, key=["starting", "training", "saving"].index) and "training" in phases
+    assert any((live.step, live.loss, live.tokens) == (7, 2.5, 1000) for live in seen)
+
+
+def test_a_chatty_run_costs_the_loop_little(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    body = """
+    line.begin()
+    for step in range(2000):
+        line.log(step, 1.0, step)
+        time.sleep(0.0004)
+    finish(); weights.write_bytes(bytes(8)); line.saved(); time.sleep(60)
+    """
+    before = time.process_time()
+    seen: list[Live] = []
+    with no_server(scorer, tmp_path) as server:
+        run = runner.train(candidate(tmp_path, bare(body)), bench, server, seen.append)
+    assert len(seen) < 20 + 10 * run.train_s and time.process_time() - before < 0.5 * run.train_s
+
+
+def test_descriptors_are_all_closed_after_a_run(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    for number in range(3):
+        rejection(bench, scorer, tmp_path / str(number), bare("line.begin(); sys.exit(1)"))
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["best", "no namespaces", "nothing"])
+def test_train_and_score_in_every_tier(bench: Bench, tmp_path: Path, tier: str) -> None:
+    tiers = {"best": bench.tier, "no namespaces": Tier(False, bench.tier.landlock), "nothing": Tier(False, 0)}
+    bench = replace(bench, tier=tiers[tier], config=replace(bench.config, budget_steps=20))
+    with Scorer(bench.config, bench.lease, bench.tier, tmp_path) as scorer:
+        made = candidate(tmp_path / "1", BIGRAM)
+        with scorer.serve(made.folder / "train.py", made.folder) as server:
+            run = runner.train(made, bench, server, lambda live: None)
+            score = server.score(run.weights, ("val", "test"))
+    assert run.steps == 20 and run.tokens == 20 * 8 * 32 and run.num_params == 90_000
+    assert set(score) == {"val", "test"} and all(0 < split.loss < np.log(300) * 1.5 for split in score.values())
+    assert alive(str(tmp_path)) == []
+
+
+RANKS = BIGRAM.replace(
+    "    run.finish(model)",
+    """        (weights_of := __import__("pathlib").Path(f"rank{run.rank}")).open("a").write(
+            f"{step} {run.progress()} {x[0, 0]}\\n")
+        for p in model.parameters():
+            torch.distributed.all_reduce(p.data, torch.distributed.ReduceOp.AVG) if False else None
+    torch.distributed.barrier()
+    run.finish(model)""",
+).replace("    import prepare\n", "    import prepare\n    torch.distributed.init_process_group('gloo')\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget_steps", [None, 12])
+def test_two_ranks_stop_at_the_same_step_and_see_the_same_progress(
+    bench: Bench, scorer: Scorer, tmp_path: Path, budget_steps: int | None
+) -> None:
+    run = train(bench, scorer, tmp_path, RANKS, gpus=2, budget_steps=budget_steps, budget_s=1.5, startup_s=60.0)
+    first, second = ((tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1))
+    assert [line.split()[:2] for line in first] == [line.split()[:2] for line in second]
+    assert len(first) == run.steps == (budget_steps or run.steps) and run.tokens == run.steps * 8 * 32 * 2
+    assert alive(str(tmp_path)) == []
+    if budget_steps is None:
+        assert 1.4 < run.train_s < 3.5
+
+
+def test_a_data_set_of_many_files_is_handed_over_whole(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    many = replace(
+        bench.dataset, shards=bench.dataset.shards * 700, doc_starts=bench.dataset.doc_starts * 700
+    )
+    body = f"_, files = line.begin()\nassert len(files) == 1401\nfinish(); {SAVE}"
+    assert train(replace(bench, dataset=many), scorer, tmp_path, bare(body)).steps == 1
+
+
+def test_a_folder_that_is_taken_away_is_the_runs_own_fault(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    (folder := tmp_path / "run").mkdir()
+    body = "line.begin(); finish(); import shutil; shutil.rmtree(os.getcwd(), ignore_errors=True); line.saved()"
+    status, _, _ = rejection(bench, scorer, folder, bare(body))
+    assert status == "invalid"
+
+
