@@ -129,6 +129,7 @@ class Recipe:
 
 
 def recipe_for(device: torch.device) -> Recipe:
+    """The constants above that carry the device's prefix: GPU_DEPTH is the depth on a GPU."""
     prefix, dtype = ("GPU", torch.bfloat16) if device.type == "cuda" else ("CPU", torch.float32)
     names = [field.name for field in fields(Recipe) if field.name not in ("prefix", "dtype")]
     return Recipe(prefix=prefix, dtype=dtype, **{name: globals()[f"{prefix}_{name.upper()}"] for name in names})
@@ -196,7 +197,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, frame: Frame) -> Tensor:
-    """Rotary position embedding (Su et al., arXiv 2104.09864) of x [B, T, 2, H, head_dim]: dimension i turns with i + half."""
+    """Rotary position embedding (Su et al., arXiv 2104.09864) of x [B, T, 2, H, head_dim]; i pairs with i + half."""
     a, b = x.chunk(2, dim=-1)
     return x * frame.cos + torch.cat((b, a), dim=-1) * frame.sin
 
@@ -223,7 +224,7 @@ def sliding_attention(seq_len: int, window: int, device: torch.device) -> Attend
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (q - k < window)
 
-    mask = create_block_mask(visible, None, None, seq_len, seq_len, device=device.type)
+    mask = create_block_mask(visible, None, None, seq_len, seq_len, device=str(device))
     return partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
 
 
@@ -478,16 +479,21 @@ def lr_scale(progress: float) -> float:
     """Linear warm-up to 1, then 1, then linear warm-down to FINAL_LR."""
     if progress < WARMUP:
         return progress / WARMUP
+    if progress <= 1 - WARMDOWN:
+        return 1.0
     left = (1 - progress) / WARMDOWN
-    return 1.0 if left >= 1 else left + (1 - left) * FINAL_LR
+    return left + (1 - left) * FINAL_LR
 
 
 def muon_momentum(progress: float) -> float:
-    done = min(1.0, progress / MUON_MOMENTUM_WARMUP)
-    return MUON_MOMENTUM_START + done * (MUON_MOMENTUM - MUON_MOMENTUM_START)
+    """Linear from MUON_MOMENTUM_START to MUON_MOMENTUM, then that."""
+    if progress >= MUON_MOMENTUM_WARMUP:
+        return MUON_MOMENTUM
+    return MUON_MOMENTUM_START + progress / MUON_MOMENTUM_WARMUP * (MUON_MOMENTUM - MUON_MOMENTUM_START)
 
 
 def weight_decay(progress: float) -> float:
+    """Linear to 0."""
     return WEIGHT_DECAY * (1 - progress)
 
 
@@ -508,6 +514,7 @@ class LossLog:
         self.read = 0
 
     def add(self, loss: Tensor) -> None:
+        """Takes the loss of the step that was just queued, and tells the one that is due."""
         copy = loss.to("cpu", non_blocking=True)
         copied = torch.cuda.Event() if loss.is_cuda else None
         if copied is not None:
@@ -517,6 +524,7 @@ class LossLog:
             self.tell()
 
     def tell(self) -> None:
+        """Waits for the oldest loss that is not told yet."""
         loss, copied = self.pending.popleft()
         if copied is not None:
             copied.synchronize()
@@ -583,7 +591,8 @@ def main() -> None:
     recipe = recipe_for(run.device)
     check(recipe)
     if run.world_size > 1:
-        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+        on_gpu = run.device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=run.device if on_gpu else None)
     trainer = Trainer(run, recipe)
     trainer.warm_up()
     trainer.train()

@@ -13,6 +13,7 @@ The data is the clock: the shards' descriptors are sent when every rank has said
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ MAX_MESSAGE = 64 * 1024  # bytes of JSON in one packet
 MAX_FDS = 250  # the kernel takes 253 in one message
 SOCKET_ENV = "NIGHTSHIFT_SOCKET"
 EXPLODED = 4.0  # times the loss of a uniform guess
+MAX_COUNT = 1 << 63  # of steps, tokens, bytes: JSON's whole numbers have no end, and a float's do
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class RunnerEnd:
     """The runner's end: a listening socket, a connection a rank, and what they have said so far.
 
     Times are `time.monotonic()`. What a rank says is never trusted: a malformed message is Reject("invalid"),
-    a loss that is not finite, or far above a uniform guess, is Reject("crash").
+    a loss that is not finite, or far above a uniform guess, is Reject("crash"). A rank that has hung up is forgotten.
     """
 
     def __init__(self, path: Path, settings: Settings, files: Sequence[int]) -> None:
@@ -166,10 +168,7 @@ class RunnerEnd:
     def handle(self, source: Any) -> None:
         """Serves one readable socket of the selector."""
         if source is self._listener:
-            connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            self._ranks[connection] = -1
-            self.selector.register(connection, selectors.EVENT_READ)
+            self._accept()
             return
         try:
             data, _, flags, _ = source.recvmsg(MAX_MESSAGE)
@@ -189,12 +188,22 @@ class RunnerEnd:
             raise Reject("invalid", "the run sent a malformed message on its socket") from None
         self._hear(source, verb, value)
 
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        if len(self._ranks) == self.settings.world_size:
+            connection.close()
+            raise Reject("invalid", "the run opened more connections than it has ranks")
+        connection.setblocking(False)
+        self._ranks[connection] = -1
+        self.selector.register(connection, selectors.EVENT_READ)
+
     def _hear(self, source: socket.socket, verb: str, value: Any) -> None:
         rank = self._ranks[source]
         known = type(value) is int and 0 <= value < self.settings.world_size
-        if verb == "hello" and known and value not in self._ranks.values():
+        if verb == "hello" and rank < 0 and known and value not in self._ranks.values():
             self._ranks[source] = value
-            _send(source, {"settings": asdict(self.settings)})
+            with contextlib.suppress(ConnectionError):
+                _send(source, {"settings": asdict(self.settings)})
         elif verb == "begin" and rank >= 0 and value == rank and self.begun_at is None:
             self._waiting.add(rank)
         elif verb == "log" and rank == 0:
@@ -210,7 +219,7 @@ class RunnerEnd:
     def _log(self, value: Any) -> None:
         try:
             step, loss, tokens = value
-            self.step, self.loss, self.tokens = int(step), float(loss), int(tokens)
+            self.step, self.loss, self.tokens = _count(step), float(loss), _count(tokens)
         except (TypeError, ValueError, OverflowError):
             raise Reject("invalid", "the run logged something that is not [step, loss, tokens]") from None
         if not math.isfinite(self.loss):
@@ -224,22 +233,31 @@ class RunnerEnd:
         message = {"files": len(self._files), "t0": self.begun_at}
         for sock, rank in self._ranks.items():
             if rank >= 0:
-                for start in range(0, len(self._files), MAX_FDS):
-                    _send(sock, message, self._files[start : start + MAX_FDS])
+                with contextlib.suppress(ConnectionError):
+                    for start in range(0, len(self._files), MAX_FDS):
+                        _send(sock, message, self._files[start : start + MAX_FDS])
         return self.begun_at
+
+
+def _count(value: Any) -> int:
+    """A whole number that a run says, of a size that arithmetic can bear; else ValueError or its like."""
+    count = int(value)
+    if not 0 <= count < MAX_COUNT:
+        raise ValueError(value)
+    return count
 
 
 def _finish(value: Any) -> Finish:
     try:
         finish = Finish(
-            bytes=int(value["bytes"]),
-            steps=int(value["steps"]),
-            tokens=int(value["tokens"]),
-            num_params=int(value["num_params"]),
+            bytes=_count(value["bytes"]),
+            steps=_count(value["steps"]),
+            tokens=_count(value["tokens"]),
+            num_params=_count(value["num_params"]),
             flops_per_token=float(value["flops_per_token"]),
         )
     except (TypeError, ValueError, KeyError, OverflowError):
         raise Reject("invalid", "the run's finish message is malformed") from None
-    if finish.bytes < 0 or not math.isfinite(finish.flops_per_token):
-        raise Reject("invalid", "the run's finish message has impossible figures")
+    if not 0 <= finish.flops_per_token < math.inf:
+        raise Reject("invalid", "the run's finish message is malformed")
     return finish

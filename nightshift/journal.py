@@ -48,34 +48,44 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        text = path.read_bytes()
-        self.events, self._length = parse(text, str(path))
-        if self._length < len(text):
-            os.ftruncate(self._fd, self._length)
-        lines = text[: self._length].split(b"\n")
-        self._previous = hashlib.sha256(lines[-2]).hexdigest() if self.events else FIRST
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_bytes() if path.exists() else b""
+            self.events, length = parse(text, str(path))
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise Stop(
+                f"{path}: {error.strerror}; a night cannot go on without its journal. "
+                "Mend that, then: python loop.py run"
+            ) from None
+        last = text[:length].split(b"\n")[-2] if self.events else None
+        previous = FIRST if last is None else hashlib.sha256(last).hexdigest()
+        self._end = (len(self.events), length, previous)  # events, bytes, and the hash of the last line
 
     def append(self, event_name: str, /, **fields: Any) -> Event:
-        """Writes one event and returns it once it is on disk. A full disk is a Stop, and leaves the journal whole."""
+        """Writes one event and returns it, as a reader would get it, once it is on disk.
+
+        A full disk is a Stop, and leaves the journal whole. So does Ctrl-C, which may raise anywhere in here: either
+        the event is written, or the next append cuts off what there is of it.
+        """
+        assert not fields.keys() & {"n", "at", "event", "prev"}, "these are the journal's own"
         with self._lock:
-            assert not fields.keys() & {"n", "at", "event", "prev"}, "these are the journal's own"
-            head = {"n": len(self.events) + 1, "at": round(time.time(), 3), "event": event_name}
-            event = {**head, **fields, "prev": self._previous}
-            line = json.dumps(event, ensure_ascii=False, allow_nan=False).encode()
+            n, length, previous = self._end
+            head = {"n": n + 1, "at": round(time.time(), 3), "event": event_name}
+            event = {**head, **fields, "prev": previous}
+            line = json.dumps(event, ensure_ascii=False, allow_nan=False).encode(errors="replace")
             try:
+                os.ftruncate(self._fd, length)
                 self._write(line + b"\n")
             except OSError as error:
-                os.ftruncate(self._fd, self._length)
+                os.ftruncate(self._fd, length)
                 cause = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
                 raise Stop(
                     f"{self.path}: {cause}; the ledger is whole up to here. Make room, then: python loop.py run"
                 ) from None
-            self._previous = hashlib.sha256(line).hexdigest()
-            self._length += len(line) + 1
-            self.events.append(event)
-            return event
+            self._end = (n + 1, length + len(line) + 1, hashlib.sha256(line).hexdigest())
+            self.events.append(json.loads(line))
+            return self.events[-1]
 
     def _write(self, data: bytes) -> None:
         while data:

@@ -230,7 +230,7 @@ class State:
                 back = event["takes_back"]
                 taken = replace(self.rows[back - 1], status="discard", taken_back_by=row.number)
                 self.rows[back - 1] = taken
-            checks = int(row.kind == "sentinel" and row.counts and not event["takes_back"])
+            checks = int(row.kind == "sentinel" and row.counts and row.status in RAN and not event["takes_back"])
             top = self.stack[-1]
             self.stack[-1] = replace(top, belief=belief or top.belief, sentinels=top.sentinels + checks)
         if event["moves_to"]:
@@ -320,7 +320,7 @@ def write_atomically(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         raise Stop(

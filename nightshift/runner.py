@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import selectors
 import stat
 import subprocess
@@ -124,7 +125,12 @@ def _environment(candidate: Candidate, bench: Bench) -> dict[str, str]:
 
 @contextmanager
 def _shards(dataset: Dataset) -> Iterator[list[int]]:
-    """Descriptors to hand over: the ranks' common clock page, then each shard and its document starts."""
+    """Descriptors to hand over: the ranks' common clock page, then each shard and its document starts.
+
+    The limit on open files also holds for those under way in sockets (unix(7)), which a shard is once for each rank.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     files = [os.memfd_create("nightshift-clock")]
     try:
         os.ftruncate(files[0], PAGE_BYTES)
@@ -146,7 +152,7 @@ def _follow(
     watch: Watch,
 ) -> None:
     """Listens until the weights are saved. Between begin and finish only the clock and the socket are looked at."""
-    exited = os.pidfd_open(process.pid)
+    exited, look_at = os.pidfd_open(process.pid), 0.0
     ear.selector.register(exited, selectors.EVENT_READ)
     try:
         while not ear.saved:
@@ -155,12 +161,15 @@ def _follow(
                 if source != exited:
                     ear.handle(source)
             if events == [exited] and not ear.saved:
-                raise Reject("crash", f"train.py ended before run.finish(), exit status {process.wait()}")
+                what = "run.finish()" if ear.finish is None else "its weights were saved"
+                raise Reject("crash", f"train.py ended before {what}, exit status {process.wait()}")
             if ear.all_waiting and server.ready:
                 ear.begin()
             _check_clock(ear, started, config)
-            meter.sample()
-            watch(_live(ear, started))
+            if time.monotonic() >= look_at:
+                meter.sample()
+                watch(_live(ear, started))
+                look_at = time.monotonic() + POLL_S
     finally:
         ear.selector.unregister(exited)
         os.close(exited)
@@ -170,13 +179,14 @@ def _check_clock(ear: RunnerEnd, started: float, config: Config) -> None:
     now = time.monotonic()
     if ear.begun_at is None:
         if now - started > config.startup_s:
-            raise Reject("timeout", f"no batch was asked for within startup_s = {config.startup_s:.0f} s")
+            what = "train.py was not imported for scoring" if ear.all_waiting else "no batch was asked for"
+            raise Reject("timeout", f"{what} within startup_s = {config.startup_s:.0f} s")
         return
     spare = grace_s(config.budget_s) if config.budget_steps is None else config.startup_s
     if (ear.finished_at or now) - ear.begun_at > config.budget_s + spare:
         raise Reject("timeout", f"trained for longer than its {config.budget_s:.0f} s and {spare:.1f} s of grace")
     if ear.finish is not None and ear.finished_at is not None and not ear.saved:
-        window = SAVE_SPARE_S + ear.finish.bytes / SAVE_BYTES_PER_S
+        window = SAVE_SPARE_S + min(ear.finish.bytes / SAVE_BYTES_PER_S, config.startup_s)
         if now - ear.finished_at > window:
             raise Reject("timeout", f"the weights were not saved within {window:.0f} s of run.finish()")
 
@@ -195,9 +205,11 @@ def _finished(candidate: Candidate, ear: RunnerEnd, meter: Meter, started: float
     assert ear.finish is not None and ear.begun_at is not None and ear.finished_at is not None
     try:
         found = weights.lstat()
-    except FileNotFoundError:
+    except OSError:
         raise Reject("invalid", "the run said that its weights are saved, and they are not there") from None
-    if not stat.S_ISREG(found.st_mode) or not 0 <= found.st_size - ear.finish.bytes <= HEADER_BYTES:
+    if not stat.S_ISREG(found.st_mode):
+        raise Reject("invalid", "the weights are not a regular file")
+    if not 0 <= found.st_size - ear.finish.bytes <= HEADER_BYTES:
         raise Reject("invalid", f"the weights file has {found.st_size} bytes, the run announced {ear.finish.bytes}")
     return Run(
         candidate=candidate,

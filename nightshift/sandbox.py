@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -32,6 +33,7 @@ PROC = Path("/proc")  # where it cannot be written, CUDA does not start (driver 
 ROOT = Path(__file__).resolve().parent.parent
 FACE = ["prepare.py", "nightshift", "config.yaml"]  # what a run may import, and the file that goes with it
 PASSED_PREFIXES = ("NCCL_", "TORCH", "NVSHMEM_", "CUDA_", "NVIDIA_", "TRITON_", "LC_", "OMP_", "MKL_", "PYTORCH_")
+SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)  # NVIDIA_API_KEY has a passed prefix
 PASSED_NAMES = ("PATH", "LANG", "LD_LIBRARY_PATH", "CC", "CXX", "TZ")
 GONE_WITHIN_S = 5.0
 
@@ -85,7 +87,8 @@ def make_face(folder: Path) -> Path:
 
 def environment(folder: Path, face: Path, extra: Mapping[str, str]) -> dict[str, str]:
     """The variables of a sandboxed process: few, and no key or token among them. HOME and TMPDIR are the run's own."""
-    kept = {k: v for k, v in os.environ.items() if k in PASSED_NAMES or k.startswith(PASSED_PREFIXES)}
+    passed = [name for name in os.environ if name in PASSED_NAMES or name.startswith(PASSED_PREFIXES)]
+    kept = {name: os.environ[name] for name in passed if not SECRET.search(name)}
     home = folder / "home"
     home.mkdir(parents=True, exist_ok=True)
     paths = [str(face), *(p for p in os.environ.get("PYTHONPATH", "").split(":") if p)]
@@ -147,22 +150,29 @@ def descendants(pid: int) -> list[int]:
 
 
 def end(process: subprocess.Popen[bytes]) -> bool:
-    """Kills the process and all below it, and waits until they are gone. False where some outlived GONE_WITHIN_S."""
+    """Kills what is below the process, then it, and waits until all are gone. False where some outlived GONE_WITHIN_S.
+
+    The first process of a pid namespace takes the rest of it along; where there is none, `_guard` sees to that.
+    """
     watched = []
     for pid in descendants(process.pid):
         with contextlib.suppress(ProcessLookupError):
-            watched.append((os.pidfd_open(pid), pid))
-    process.kill()
-    for fd, _ in watched:
+            watched.append(os.pidfd_open(pid))
+    for fd in watched:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, signal.SIGKILL)
-    process.wait()
     deadline = time.monotonic() + GONE_WITHIN_S
     gone = True
-    for fd, _ in watched:
-        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-        gone = gone and bool(ready)
+    for fd in watched:
+        ended = select.poll()
+        ended.register(fd, select.POLLIN)
+        gone = bool(ended.poll(1000 * max(0.0, deadline - time.monotonic()))) and gone
         os.close(fd)
+    if watched:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    process.kill()
+    process.wait()
     return gone
 
 
@@ -173,7 +183,7 @@ _READ = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, list a directory
 _WRITE = 1 << 1 | 0b1111_1111_0000  # write a file; remove and make what a directory holds
 _MAKE_SYM, _REFER, _TRUNCATE = 1 << 12, 1 << 13, 1 << 14
 _ON_FILES = 1 << 0 | 1 << 1 | 1 << 2 | _TRUNCATE
-_PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND = 1, 32, 4096
 MACHINE_WIDE = ["sys", "sysrq-trigger", "irq", "bus", "fs"]
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
@@ -228,11 +238,44 @@ def _landlock(abi: int, read: Sequence[str], write: Sequence[str]) -> None:
     os.close(ruleset)
 
 
+def _guard() -> None:
+    """In place of a pid namespace: stays behind as the parent of all that the command leaves, and ends that with it.
+
+    Returns in a child, which becomes the command. The lifeline now says SIGTERM, so that the guard ends the others
+    before itself. It is no match for a command that kills it.
+    """
+    libc = _libc()
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    command = os.fork()
+    if command == 0:
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        return
+
+    def kill_all(*_: object) -> None:
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, kill_all)
+    libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    status: int | None = None
+    with contextlib.suppress(ChildProcessError):  # until there is none left
+        while True:
+            pid, ended = os.waitpid(-1, 0)
+            status = ended if pid == command else status
+            if status is not None:
+                kill_all()
+    code = os.waitstatus_to_exitcode(status or 0)
+    os._exit(code if code >= 0 else 128 - code)
+
+
 def _enter() -> None:
     rules, command = json.loads(sys.argv[1]), sys.argv[3:]
     if rules["namespaces"]:
         _loopback_up()
         _proc_read_only()
+    else:
+        _guard()
     if rules["landlock"]:
         _landlock(rules["landlock"], rules["read"], rules["write"])
     os.execvp(command[0], command)

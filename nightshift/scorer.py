@@ -113,7 +113,9 @@ class Server:
     @property
     def ready(self) -> bool:
         """Whether it has imported train.py and waits, or has died trying: nothing of it will disturb the training."""
-        return bool(select.select([self.ready_fd], [], [], 0)[0])
+        readable = select.poll()  # select() takes no descriptor beyond 1023
+        readable.register(self.ready_fd, select.POLLIN)
+        return bool(readable.poll(0))
 
     def score(self, weights: Path, splits: Sequence[str]) -> dict[str, SplitScore]:
         """Scores the weights on held-out splits. Reject where the model cannot be loaded or its logits are no good."""
@@ -121,16 +123,15 @@ class Server:
         reply = self._scorer._receive(self._scorer._config.startup_s * (1 + len(splits)) + SPARE_S)
         if "scores" in reply:
             return {split: SplitScore(**sums) for split, sums in reply["scores"].items()}
-        if "invalid" in reply:
-            raise Reject("invalid", reply["invalid"])
-        raise Reject("crash", f"{reply['crash']}\n{tail(self._log, 50)}")
+        ((status, reason),) = reply.items()
+        raise Reject(status, f"{reason}\n{tail(self._log, 50)}".rstrip())
 
 
 def tail(path: Path, lines: int) -> str:
-    """The last lines of a log, of at most 16 kB."""
+    """The last lines of a log, of at most 16 kB. A run may put something else in its place, which is not followed."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 16_384))
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 16_384))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
