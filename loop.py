@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import threading
 import time
 
 from nightshift import config as configuration
-from nightshift import data, decide, devices, proposers, publish, runner, sandbox
+from nightshift import data, decide, devices, doctor, proposers, publish, report, runner, sandbox, status, verify
 from nightshift.branch import Branch
 from nightshift.config import Config
 from nightshift.journal import Journal
 from nightshift.night import Ledger, Night, Purse, folder_of, lock, make_home
-from nightshift.opening import choose_tag, take_up
+from nightshift.opening import as_before, choose_tag, take_up
 from nightshift.scorer import Scorer
 from nightshift.values import Reject, Score, Stop
 from nightshift.view import View
@@ -46,26 +47,49 @@ def research(night: Night) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Opens a night, or goes on with one, and works until it ends or is stopped."""
-    view = View()
-    profile = args.profile or devices.default_profile()
-    flags = {name: getattr(args, name) for name in ("proposer", "max_experiments", "max_hours", "max_usd")}
-    config = configuration.load(profile=profile, **flags)
-    view.say(f"profile {profile}: {'as asked' if args.profile else 'it fits this machine'}")
     make_home(ROOT)
     tag = choose_tag(ROOT, args.tag)
+    profile, config, why = chosen(args, tag)
     folder = folder_of(ROOT, tag)
-    with lock(folder), devices.lease(config.gpus) as lease:
+    with View() as view, lock(folder), devices.lease(config.gpus) as lease:
         tier = sandbox.probe()
+        view.say(f"night {tag}, profile {profile} ({why})")
         view.say(f"device {lease.name}; sandbox {tier}" + (f" ({tier.missing})" if tier.missing else ""))
         dataset = prepared(config, profile)
         runner.fault_in([*dataset.shards, *dataset.doc_starts])
         bench = runner.Bench(config, dataset, lease, tier, ROOT / ".nightshift" / "cache")
         book, branch, halt = Ledger(Journal(folder / "journal.jsonl")), Branch(ROOT, tag), threading.Event()
         proposer = proposers.make(config, lease.kind, Purse(book, config.max_usd), view.say, halt)
+        view.say(f"proposer {proposer.name}; {len(book.state.rows)} runs so far; limits: {limits_in_words(config)}")
+        if args.dry_run:
+            view.say("a dry run: nothing was begun")
+            return doctor.doctor(ROOT)
         take_up(ROOT, tag, book, branch, bench)
-        view.say(f"night {tag}: {len(book.state.rows)} runs so far; proposer {proposer.name}")
-        with Scorer(config, lease, tier, folder) as scorer:
+        with Scorer(config, lease, tier, folder, bench.cache) as scorer:
             return work(Night(ROOT, book, branch, bench, scorer, proposer, halt, view))
+
+
+def chosen(args: argparse.Namespace, tag: str) -> tuple[str, Config, str]:
+    """Profile, config, and why that profile. A night that goes on keeps what it had, unless a flag says otherwise."""
+    before = as_before(ROOT, tag)
+    if args.profile:
+        profile, why = args.profile, "as asked"
+    elif before:
+        profile, why = before.pop("profile"), "the night goes on under it"
+    else:
+        profile = devices.default_profile()
+        why = "a CUDA device is here" if profile == "single" else "no CUDA device is here"
+    before.pop("profile", None)
+    flags = {name: getattr(args, name) for name in ("proposer", "max_experiments", "max_hours", "max_usd")}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return profile, configuration.load(profile=profile, **(before | given)), why
+
+
+def limits_in_words(config: Config) -> str:
+    """What ends the night's search."""
+    words = {"max_experiments": "{} experiments", "max_hours": "{:g} hours", "max_usd": "${:g}"}
+    told = [form.format(getattr(config, name)) for name, form in words.items() if getattr(config, name) is not None]
+    return ", ".join(told) or "none, until it is stopped"
 
 
 def prepared(config: Config, profile: str) -> data.Dataset:
@@ -88,7 +112,8 @@ def work(night: Night) -> int:
         if not night.state.over:
             night.book.write("claim", **decide.claim(night.state, cause))
     except KeyboardInterrupt:
-        code, cause = 130, "interrupted"
+        code, cause = 130, "interrupted (once more: stops at once, without publishing)"
+        night.view.say("interrupted: the run in flight is given up, the ledger is brought up to date")
     except Stop as stop:
         code, cause = stop.code, str(stop)
     night.close()
@@ -107,7 +132,8 @@ def finish(night: Night, code: int, cause: str) -> None:
         moves_to = night.branch.publish(paths, f"ledger of night {state.night['tag']}\n", time.time())
     night.book.write("stop", code=code, cause=cause, moves_to=moves_to)
     verdict = state.claim["verdict"] if state.claim else "the night is not over"
-    night.view.say(f"{cause}; {len(state.rows)} runs, {len(state.keeps)} keeps, ${state.usd:.2f}; {verdict}")
+    night.view.close()
+    night.view.say(f"{cause}\n{len(state.rows)} runs, {len(state.keeps)} keeps, ${state.usd:.2f} spent: {verdict}")
     again = f"python loop.py run --tag {state.night['tag']}"
     night.view.say(f"next: {'python loop.py report' if state.over else again}")
 
@@ -137,13 +163,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Runs one command; returns its exit code: 0 done, 1 could not go on, 2 wrong usage, 130 interrupted."""
     args = parse(argv)
+    commands = {"report": report.report, "verify": verify.verify, "doctor": doctor.doctor}
     try:
-        return run(args)
+        if args.command == "run":
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go; the night stays
+            return run(args)
+        if args.command == "status":
+            status.show(ROOT)
+            return 0
+        return commands[args.command](ROOT)
     except Stop as stop:
         print(stop, file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
-        print("interrupted before anything had begun", file=sys.stderr)
+        print("interrupted; the journal is whole, and `python loop.py run` goes on from it", file=sys.stderr)
         return 130
 
 

@@ -266,11 +266,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer. On a GPU this is what is compiled: a layer once, not the model, makes for a short start."""
+
     def __init__(self, recipe: Recipe, layer: int) -> None:
         super().__init__()
         self.attention, self.mlp = Attention(recipe, layer), MLP(recipe)
 
-    def forward(self, x: Tensor, value: Tensor | None, frame: Frame) -> Tensor:
+    def forward(
+        self, x: Tensor, x0: Tensor, scales: tuple[Tensor, Tensor], tokens: Tensor, values: Tensor | None, frame: Frame
+    ) -> Tensor:
+        """x, x0 [B, T, D]; scales: of the stream and of x0, mixed in; values [V, D]: its value embedding, if any."""
+        x = scales[0] * x + scales[1] * x0
+        value = None if values is None else F.embedding(tokens, values).to(x.dtype)
         x = x + self.attention(norm(x), value, frame)
         return x + self.mlp(norm(x))
 
@@ -310,24 +317,35 @@ class GPT(nn.Module):
             self._frames[seq_len] = Frame(torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1), sliding)
         return self._frames[seq_len]
 
-    def logits(self, tokens: Tensor, frame: Frame) -> Tensor:
-        """float32 [B, T, V], within ±SOFTCAP."""
-        dtype = self.recipe.dtype
-        x = x0 = norm(F.embedding(tokens, self.embed).to(dtype))  # [B, T, D]
+    def stream(self, tokens: Tensor, frame: Frame) -> Tensor:
+        """What the last layer leaves, [B, T, D]."""
+        x = x0 = norm(F.embedding(tokens, self.embed).to(self.recipe.dtype))
         scales = zip(self.resid_scale.unbind(), self.x0_scale.unbind(), strict=True)
-        for layer, (block, (resid, mix)) in enumerate(zip(self.blocks, scales, strict=True)):
-            key = str(layer)
-            value = F.embedding(tokens, self.values[key]).to(dtype) if key in self.values else None
-            x = block(resid * x + mix * x0, value, frame)
+        for layer, (block, pair) in enumerate(zip(self.blocks, scales, strict=True)):
+            x = block(x, x0, pair, tokens, self.values.get(str(layer)), frame)
+        return x
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Logits float32 [B, T, V], within ±SOFTCAP."""
         logits = linear(norm(x) / SOFTCAP, self.head)[..., : self.vocab_size]  # divided where it is narrow
         return SOFTCAP * torch.tanh(logits.float())
 
-    def loss(self, tokens: Tensor, targets: Tensor, frame: Frame) -> Tensor:
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean nats per token."""
-        return F.cross_entropy(self.logits(tokens, frame).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.unembed(x).flatten(0, 1), targets.flatten())
+
+    def loss(self, tokens: Tensor, targets: Tensor, frame: Frame) -> Tensor:
+        """Mean nats per token of a batch."""
+        return self.cross_entropy(self.stream(tokens, frame), targets)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.logits(tokens, self.frame(tokens.size(1)))
+        return self.unembed(self.stream(tokens, self.frame(tokens.size(1))))
+
+    def compile_parts(self) -> None:
+        """Compiles the layers, of which most share one graph, and the loss."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.cross_entropy = torch.compile(self.cross_entropy, dynamic=False)  # type: ignore[method-assign]
 
     def count_flops_per_token(self, seq_len: int) -> float:
         """Of training: 6 a matrix weight, 12 · dim · span a layer of attention (PaLM, arXiv 2204.02311, app. B)."""
@@ -547,11 +565,12 @@ class Trainer:
         self.model.flops_per_token = self.model.count_flops_per_token(self.seq_len)
         self.optimizer = MuonAdamW(self.model)
         self.frame = self.model.frame(self.seq_len)
-        self.loss = torch.compile(self.model.loss, dynamic=False) if run.device.type == "cuda" else self.model.loss
+        if run.device.type == "cuda":
+            self.model.compile_parts()
 
     def accumulate_gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward of one micro-batch, int64 [rows, T]; its loss."""
-        loss = self.loss(inputs.contiguous(), targets.contiguous(), self.frame)  # one layout, or it compiles anew
+        loss = self.model.loss(inputs, targets, self.frame)
         (loss / (self.accumulate * self.run.world_size)).backward()
         return loss.detach()
 

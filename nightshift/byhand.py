@@ -59,6 +59,11 @@ class ByHand:
             weights=str(self._folder / "weights.safetensors"),
         )
 
+        if self.settings.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            import torch
+
+            torch.set_num_threads(devices.threads())
+
     def begin(self) -> tuple[float, list[int]]:
         """Opens clock page and shards; ranks of one torchrun share the page by name."""
         files = [self._clock_page()]
@@ -117,7 +122,7 @@ class ByHand:
         )
         with (
             devices.lease(self._config.gpus, wait=False) as lease,
-            scorer.Scorer(self._config, lease, sandbox.probe(), self._folder) as judge,
+            scorer.Scorer(self._config, lease, sandbox.probe(), self._folder, self._folder.parent / "cache") as judge,
         ):
             try:
                 train_py = Path(shutil.copy(sys.argv[0], self._folder / "train.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, fields
@@ -66,14 +67,15 @@ def _accepts(hint: Any, value: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_accepts(args[0], k) and _accepts(args[1], v) for k, v in value.items())
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
 def _hint_name(hint: Any) -> str:
-    return str(getattr(hint, "__name__", hint)).replace("typing.", "").replace("NoneType", "null")
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    return hint.__name__ if plain else str(hint).replace("typing.", "").replace("None", "null")
 
 
 def load(path: Path | None = None, profile: str | None = None, **flags: Any) -> Config:
@@ -81,45 +83,66 @@ def load(path: Path | None = None, profile: str | None = None, **flags: Any) -> 
 
     Raises Stop with code 2 on an unknown key or profile, or a value of the wrong type. A flag of None is not given.
     """
-    path = path or ROOT / "config.yaml"
-    try:
-        document = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise Stop(f"{path}: there is no such file; `git checkout -- config.yaml` brings it back", 2) from None
-    except yaml.YAMLError as error:
-        raise Stop(f"{path}: not readable as YAML: {' '.join(str(error).split())}", 2) from None
-    if not isinstance(document, dict) or set(document) != {"defaults", "profiles"}:
-        raise Stop(f"{path}: the top level holds two keys, defaults and profiles", 2)
-    profiles = document["profiles"]
-    chain: list[dict[str, Any]] = []
-    name = profile or "demo"
-    seen: list[str] = []
-    while name:
-        if name not in profiles:
-            raise Stop(f"{path}: no profile {name!r}; {_nearest(name, profiles)}", 2)
-        if name in seen:
-            raise Stop(f"{path}: profile {name!r} extends itself through {' -> '.join(seen)}", 2)
-        seen.append(name)
-        entry = dict(profiles[name] or {})
-        name = entry.pop("extends", "")
-        chain.append(entry)
+    path, profile = path or ROOT / "config.yaml", profile or "demo"
+    document = _read(path)
     merged = dict(document["defaults"])
     _check(merged, f"{path}: defaults")
-    for entry, title in zip(reversed(chain), reversed(seen), strict=True):
+    for title, entry in reversed(_chain(document["profiles"], profile, path)):
         _check(entry, f"{path}: profile {title!r}")
         merged |= entry
     merged |= {k: v for k, v in flags.items() if v is not None}
     missing = [f.name for f in fields(Config) if f.name not in merged and f.name != "profile"]
     if missing:
         raise Stop(f"{path}: no value for {', '.join(missing)}: add it under defaults", 2)
-    return Config(profile=profile or "demo", **merged)
+    return Config(profile=profile, **merged)
 
 
-def _check(entry: dict[str, Any], where: str) -> None:
+def _read(path: Path) -> dict[str, dict[Any, Any]]:
+    """The file's two mappings."""
+    try:
+        document = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError:
+        raise Stop(f"{path}: there is no such file; `git checkout -- config.yaml` brings it back", 2) from None
+    except OSError as error:
+        raise Stop(f"{path}: {error.strerror}", 2) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise Stop(f"{path}: not readable as YAML: {' '.join(str(error).split())}", 2) from None
+    if not isinstance(document, dict) or set(document) != {"defaults", "profiles"}:
+        raise Stop(f"{path}: the top level holds two keys, defaults and profiles", 2)
+    for key, value in document.items():
+        _must_map(value, f"{path}: {key}")
+    return document
+
+
+def _chain(profiles: dict[Any, Any], profile: str, path: Path) -> list[tuple[str, dict[Any, Any]]]:
+    """The profile, what it extends, what that extends, and so on: names and entries."""
+    chain: dict[str, dict[Any, Any]] = {}
+    name = profile
+    while name:
+        where = f"{path}: profile {name!r}"
+        if name in chain:
+            raise Stop(f"{path}: profile {profile!r} extends itself through {' -> '.join([*chain, name])}", 2)
+        if name not in profiles:
+            raise Stop(f"{path}: no profile {name!r}; {_nearest(name, map(str, profiles))}", 2)
+        entry = profiles[name] if profiles[name] is not None else {}
+        _must_map(entry, where)
+        chain[name] = {key: value for key, value in entry.items() if key != "extends"}
+        name = entry.get("extends", "")
+        if not isinstance(name, str):
+            raise Stop(f"{where}: extends is {name!r}; it takes the name of a profile", 2)
+    return list(chain.items())
+
+
+def _must_map(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        raise Stop(f"{where} is {value!r}; it takes a mapping of keys to values", 2)
+
+
+def _check(entry: dict[Any, Any], where: str) -> None:
     hints = typing.get_type_hints(Config)
     hints.pop("profile")
     for key, value in entry.items():
         if key not in hints:
-            raise Stop(f"{where}: unknown key {key!r}; {_nearest(key, hints)}", 2)
+            raise Stop(f"{where}: unknown key {key!r}; {_nearest(str(key), hints)}", 2)
         if not _accepts(hints[key], value):
             raise Stop(f"{where}: {key} is {value!r}; it takes {_hint_name(hints[key])}", 2)

@@ -24,7 +24,8 @@ CLIP = 3.0  # standard deviations of a sentinel's surprise that are believed
 CHECKS = 2  # sentinels that a keep must survive
 LENGTHS = (0.97, 1.03, 1.03, 0.97)  # of the baselines of a time_to_target night
 LOSS_BAND = 0.004  # nats per token from the target, within which seconds are corrected rather than the run repeated
-MAX_REPEATS = 3
+MAX_REPEATS = 3  # of one run that does not count, and of claim runs that fail
+REAIM = math.log(2)  # a run far from the target has its length at most doubled or halved, whatever the slope says
 CLAIM_SHARE, CLAIM_MIN, CLAIM_MAX = 0.07, 4, 10  # runs an arm, of the night's runs
 
 
@@ -43,9 +44,9 @@ def next(state: State, now: float) -> Task:  # noqa: A001  (the design's name fo
         return _unchanged(state, "baseline")
     cause = _search_over(state, now)
     if cause:
-        claims = state.scored("claim")
-        if state.keeps and len(claims) < 2 * state.night["claim_n"]:
-            return _claim(state, len(claims))
+        claims, failed = len(state.scored("claim")), _failed_claims(state)
+        if state.keeps and claims < 2 * state.night["claim_n"] and failed <= MAX_REPEATS:
+            return _claim(state, claims)
         return Task("end", why=cause)
     if len(state.of("candidate")) // state.rules["sentinel_every"] > len(state.of("sentinel")):
         return _unchanged(state, "sentinel")
@@ -83,6 +84,10 @@ def _claim(state: State, done: int) -> Task:
     return Task("claim", state.number, 1, _seed(state), who.number, who.blob, arm, ("val", "test"), who.length)
 
 
+def _failed_claims(state: State) -> int:
+    return len(state.of("claim")) - len(state.scored("claim"))
+
+
 def _search_over(state: State, now: float) -> str:
     """Why no further candidate is to be tried, or nothing."""
     limits = state.leg["limits"]
@@ -92,7 +97,7 @@ def _search_over(state: State, now: float) -> str:
     if limits["max_experiments"] is not None and tried >= limits["max_experiments"]:
         return f"--max-experiments {limits['max_experiments']} are done"
     if limits["max_hours"] is not None:
-        typical = fmean([r.total_s for r in state.rows]) if state.rows else 0.0
+        typical = fmean([r.total_s for r in state.rows if r.score is not None] or [0.0])  # a crash is soon over
         reserve = (1 + (2 * state.night["claim_n"] if state.keeps else 0)) * typical
         if now + reserve > state.leg["at"] + 3600 * limits["max_hours"]:
             return f"--max-hours {limits['max_hours']:g} are used"
@@ -102,7 +107,7 @@ def _search_over(state: State, now: float) -> str:
 def claim_runs(max_experiments: int | None, max_hours: float | None, run_s: float, fixed: int | None) -> int:
     """Runs an arm of the claim, fixed when the night begins; 0 for a night that is too short to claim."""
     if fixed is not None:
-        return fixed
+        return fixed if fixed > 1 else 0  # one run an arm has no interval
     hours = math.inf if max_hours is None else 3600 * max_hours / run_s
     runs = min(math.inf if max_experiments is None else max_experiments, hours)
     n = CLAIM_MAX if math.isinf(runs) else round(CLAIM_SHARE * runs)
@@ -127,23 +132,30 @@ def _draw(row: Row) -> Draw:
     return Draw(row.length, row.train_s, val.loss, val.bpb)
 
 
-def variance(state: State) -> float:
+def variance(state: State, draw: Draw | None = None) -> float:
     """σ², from the profile's σ₀ as a prior and from repeats of one train.py: (4 σ₀² + SS) / (4 + df).
 
-    Repeats are baselines and sentinels of the same blob, each group about its own mean. A candidate's own draw is
-    left out: it was kept for being good.
+    `draw`: a baseline that is not in the ledger yet.
     """
-    price = price_of_loss(state, _baselines(state))
+    ss, df = scatter(state, "baseline", "sentinel", draw=draw)
+    prior = state.night["prior"]
+    return float((PRIOR_DF * state.night["sigma0"] ** 2 + prior["ss"] + ss) / (PRIOR_DF + prior["df"] + df))
+
+
+def scatter(state: State, *kinds: Kind, draw: Draw | None = None) -> tuple[float, int]:
+    """Sum of squares and degrees of freedom of a night's repeats: runs of the same blob, each group about its mean.
+
+    A candidate's own draw is no repeat of it: it was kept for being good.
+    """
+    new = [] if draw is None else [draw]
+    price = price_of_loss(state, [*_baselines(state), *new])
     groups: dict[str, list[float]] = defaultdict(list)
-    for row in state.scored("baseline", "sentinel"):
+    for row in state.scored(*kinds):
         groups[row.blob].append(steering(state, _draw(row), price))
-    ss, df = state.night["prior"]["ss"], state.night["prior"]["df"]
-    for draws in groups.values():
-        mean = fmean(draws)
-        ss += sum((y - mean) ** 2 for y in draws)
-        df += len(draws) - 1
-    df -= price is not None  # the slope was fitted to these draws
-    return float((PRIOR_DF * state.night["sigma0"] ** 2 + ss) / (PRIOR_DF + df))
+    groups[state.night["blob"]] += [steering(state, d, price) for d in new]
+    squares = [(y - fmean(draws)) ** 2 for draws in groups.values() for y in draws]
+    fitted = sum(1 for draws in groups.values() if draws) + (price is not None)  # means, and the slope
+    return sum(squares), len(squares) - fitted
 
 
 def _baselines(state: State) -> list[Draw]:
@@ -180,10 +192,11 @@ def judge(state: State, task: Task, run: Run, score: Score, net_added: int) -> D
     y = steering(state, draw, price)
     again = _repeat(state, task, run, val.loss, price)
     if again:
-        return Decision("discard", y, length=again[0], reason=again[1])
-    sigma2 = variance(state)
+        belief, age = _later(state)
+        return Decision("discard", y, belief=belief, age=age, length=again[0], reason=again[1])
     if task.kind == "baseline":
-        return Decision("keep", y, belief=_first_belief(state, draw, sigma2))
+        return Decision("keep", y, belief=_first_belief(state, draw))
+    sigma2 = variance(state)
     known = state.incumbent.belief
     assert known is not None
     if task.kind == "claim":
@@ -196,9 +209,17 @@ def judge(state: State, task: Task, run: Run, score: Score, net_added: int) -> D
 
 def reject(state: State, reason: Reject) -> Decision:
     """A run that has no score. The incumbent stays; the machine's clock went on all the same."""
+    belief, age = _later(state)
+    return Decision(reason.status, belief=belief, age=age, reason=str(reason))
+
+
+def _later(state: State) -> tuple[Belief | None, float]:
+    """The belief about the incumbent after a run that says nothing of it, and what the run's turn adds to variances."""
     known = state.incumbent.belief
-    age = DRIFT * variance(state) if known else 0.0
-    return Decision(reason.status, belief=known and Belief(known.m, known.s2 + age), age=age, reason=str(reason))
+    if known is None:
+        return None, 0.0
+    age = DRIFT * variance(state)
+    return Belief(known.m, known.s2 + age), age
 
 
 def _repeat(state: State, task: Task, run: Run, loss: float, price: float | None) -> tuple[float, str] | None:
@@ -220,13 +241,13 @@ def _repeat(state: State, task: Task, run: Run, loss: float, price: float | None
         return None
     elasticity = fmean([r.train_s for r in state.scored("baseline")]) / price
     reason = f"does not count: loss {loss:.4f} is off the target; length re-aimed"
-    return task.length * math.exp(miss / elasticity), reason
+    return task.length * math.exp(max(-REAIM, min(REAIM, miss / elasticity))), reason
 
 
-def _first_belief(state: State, draw: Draw, sigma2: float) -> Belief:
+def _first_belief(state: State, draw: Draw) -> Belief:
     draws = [*_baselines(state), draw]
     price = price_of_loss(state, draws)
-    return Belief(fmean(steering(state, d, price) for d in draws), sigma2 / len(draws))
+    return Belief(fmean(steering(state, d, price) for d in draws), variance(state, draw) / len(draws))
 
 
 def threshold(net_added: int) -> float:
@@ -285,8 +306,10 @@ def claim(state: State, why: str) -> dict[str, Any]:
     told: dict[str, Any] = {"why": why, "per_arm": n}
     if not state.keeps:
         return told | {"verdict": "no keep, no claim"}
-    if not n or len(rows) < 2 * n:
+    if n < 2:
         return told | {"verdict": f"too short to claim: fewer than {CLAIM_MIN} runs an arm"}
+    if len(rows) < 2 * n:
+        return told | {"verdict": f"no claim: {_failed_claims(state)} claim runs failed"}
     for split in ("test", "val"):
         interval = _compare([_measure(state, r, split) for r in rows if r.arm == "first"],
                             [_measure(state, r, split) for r in rows if r.arm == "final"])

@@ -34,7 +34,7 @@ class Rows:
         while True:
             shuffle = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
             usable = self.num_rows - self.num_rows % self.world_size
-            yield from shuffle[self.rank : usable : self.world_size].tolist()
+            yield from map(int, shuffle[self.rank : usable : self.world_size])
             epoch += 1
 
     def fill(self, batch: npt.NDArray[np.int64], order: Iterator[int]) -> None:

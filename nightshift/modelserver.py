@@ -77,12 +77,21 @@ def serve(peer: socket.socket, train: ModuleType) -> None:
         peer.send(STATUS.pack(OK, rows, 0, 0))
 
 
+def warm_up() -> None:
+    """What a GPU's load() is likely to need, while there is time: context and compiler."""
+    import torch._inductor.compile_fx
+
+    torch.zeros(1, device="cuda")
+
+
 def main() -> None:
     """Imports, says so, waits for the weights."""
     peer = socket.socket(fileno=int(sys.argv[1]))
     ready, train_py = int(sys.argv[2]), Path(sys.argv[3])
     try:
         train = import_train(train_py)
+        if os.environ.get("CUDA_VISIBLE_DEVICES"):
+            warm_up()
         os.write(ready, b"1")
         with torch.inference_mode():
             serve(peer, train)

@@ -6,22 +6,23 @@ import datetime
 import hashlib
 import importlib.metadata
 import os
+import re
 import time
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from nightshift import decide, ledger
 from nightshift.branch import Branch
 from nightshift.config import Config
+from nightshift.journal import parse
 from nightshift.ledger import State
 from nightshift.night import Ledger, folder_of
 from nightshift.runner import Bench
 from nightshift.values import Stop
 
 SAME = ("device", "data_digest", "torch", "profile")  # what scores must share to be compared
+TAG = re.compile(r"\w[\w.-]*")
 OVERHEAD_S = 15.0  # a guess at what a run costs beyond its budget, for planning the claim before anything has run
 
 
@@ -32,17 +33,30 @@ def choose_tag(root: Path, wanted: str | None) -> str:
     if wanted is None:
         unfinished = [tag for tag in states if tag in here and not states[tag].closed]
         return unfinished[-1] if unfinished else _new_tag(set(states))
-    if not wanted.replace("-", "").replace("_", "").replace(".", "").isalnum() or wanted.startswith((".", "-")):
+    if not TAG.fullmatch(wanted) or ".." in wanted or wanted.endswith((".", ".lock")):  # git's rules for a branch
         raise Stop(f"--tag {wanted!r}: a tag is made of letters, digits, '-', '_' and '.', as in --tag nov20", 2)
     if wanted in states and (wanted not in here or states[wanted].closed):
-        raise Stop(f"night {wanted} is over: `python loop.py report` shows it; --tag NAME begins another", 2)
+        why = "is over" if states[wanted].closed else "was begun in another checkout, where alone it can go on"
+        raise Stop(f"night {wanted} {why}: `python loop.py report` shows it; --tag NAME begins another", 2)
     return wanted
 
 
 def _new_tag(taken: set[str]) -> str:
     today = datetime.date.today().strftime("%b%d").lower()
     names = [today, *(today + chr(c) for c in range(ord("b"), ord("z") + 1))]
-    return next(name for name in names if name not in taken)
+    free = [name for name in names if name not in taken]
+    if not free:
+        raise Stop(f"the names {today} to {today}z are all taken; --tag NAME begins a night of any other name", 2)
+    return free[0]
+
+
+def as_before(root: Path, tag: str) -> dict[str, Any]:
+    """Profile, proposer and limits of the night's last leg; nothing for a night that is yet to begin."""
+    path = folder_of(root, tag) / "journal.jsonl"
+    state = ledger.fold(parse(path.read_bytes(), str(path))[0]) if path.exists() else State()
+    if not state.leg:
+        return {}
+    return {"profile": state.rules["profile"], "proposer": state.leg["proposer"], **state.leg["limits"]}
 
 
 def take_up(root: Path, tag: str, book: Ledger, branch: Branch, bench: Bench) -> None:
@@ -111,21 +125,12 @@ def _same_conditions(state: State, bench: Bench) -> None:
 
 def _repeats(earlier: list[State], blob: str) -> dict[str, float]:
     """Sum of squares and degrees of freedom of earlier nights' baselines of this blob, each about its mean."""
-    ss, df = 0.0, 0
-    for state in earlier:
-        draws = [r.score for r in state.scored("baseline") if r.blob == blob and r.score is not None]
-        if draws:
-            ss += sum((y - fmean(draws)) ** 2 for y in draws)
-            df += len(draws) - 1
-    return {"ss": ss, "df": df}
+    found = [decide.scatter(state, "baseline") for state in earlier if state.night["blob"] == blob]
+    return {"ss": sum(ss for ss, _ in found), "df": sum(df for _, df in found)}
 
 
 def _sigma0(config: Config, earlier: list[State]) -> float:
     """The profile's σ₀, moved towards what earlier nights on the same device saw: it counts as PRIOR_DF draws."""
-    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for state in earlier:
-        for row in state.scored("baseline", "sentinel"):
-            groups[state.night["tag"], row.blob].append(row.score or 0.0)
-    ss = sum((y - fmean(draws)) ** 2 for draws in groups.values() for y in draws)
-    df = sum(len(draws) - 1 for draws in groups.values())
+    found = [decide.scatter(state, "baseline", "sentinel") for state in earlier]
+    ss, df = sum(ss for ss, _ in found), sum(df for _, df in found)
     return float(((decide.PRIOR_DF * config.sigma0**2 + ss) / (decide.PRIOR_DF + df)) ** 0.5)

@@ -61,6 +61,7 @@ class OpenRun:
         self._doc_starts: list[np.ndarray] = []
         self._ticks, self._steps, self._tokens, self._progress = 0, 0, 0, 0.0
         self._own_batcher = True
+        self._sources: dict[int, tuple[Rows, Iterator[int]]] = {}  # by seq_len
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         random.seed(self.seed)
@@ -95,12 +96,15 @@ class OpenRun:
     def batches(self, rows: int, seq_len: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(inputs, targets), int64 [rows, seq_len] on the device, until the budget is used; the first starts the clock.
 
-        It ends on all ranks after the same batch. Every token is served once before any is served twice.
+        It ends on all ranks after the same batch. Every token is served once before any is served twice, also where
+        a schedule asks again, for batches of other `rows`.
         """
         shards, _ = self.shards()
         self._own_batcher = False
-        source = Rows(shards, seq_len, self.seed, self.rank, self.world_size)
-        order = source.order()
+        if seq_len not in self._sources:
+            source = Rows(shards, seq_len, self.seed, self.rank, self.world_size)
+            self._sources[seq_len] = source, source.order()
+        source, order = self._sources[seq_len]
         for batch, copied in self._buffers(rows, seq_len):
             self._tick()
             if self._progress >= 1.0:
@@ -112,7 +116,7 @@ class OpenRun:
             if copied is not None:
                 batch = batch.to(self.device, non_blocking=True)
                 copied.record()
-            yield batch[:, :-1], batch[:, 1:]
+            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
     def _buffers(self, rows: int, seq_len: int) -> Iterator[tuple[torch.Tensor, torch.cuda.Event | None]]:
         """Host batches to fill: fresh ones on a CPU, pinned ones in turn on a GPU, each with its copy's event."""
@@ -163,17 +167,25 @@ class OpenRun:
             torch.cuda.synchronize()
         if self.rank != 0:
             return
-        tensors = {t.untyped_storage().data_ptr(): t for t in model.state_dict().values()}.values()
         num_params = sum(p.numel() for p in model.parameters())
         flops = float(getattr(model, "flops_per_token", 6 * num_params))
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        self._line.finish(Finish(size, self._steps or self._ticks, self._tokens, num_params, flops))
+        self._line.finish(Finish(_saved_bytes(model), self._steps or self._ticks, self._tokens, num_params, flops))
         path = Path(self._line.settings.weights)
         save_model(model, str(path.with_suffix(".part")))
         os.replace(path.with_suffix(".part"), path)
         sys.stdout.flush()
         sys.stderr.flush()
         self._line.saved()
+
+
+def _saved_bytes(model: torch.nn.Module) -> int:
+    """What save_model will write of tensors: memory that tied weights or views share counts once."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in model.state_dict().values())
+    total, reached = 0, 0
+    for start, stop in spans:
+        total += max(0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return total
 
 
 def _load_npy(fd: int) -> np.ndarray:

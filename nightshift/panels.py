@@ -151,25 +151,24 @@ def limits(state: State, now: float | None) -> Text:
     usd = most.get("max_usd")
     parts.append(f"${state.usd:.2f} of ${usd:.2f}" if usd is not None else f"${state.usd:.2f}")
     if now is not None and state.leg:
-        parts += _time(state, now)
+        parts.append(_time(state, now))
     return labelled("used", "   ".join(parts))
 
 
-def _time(state: State, now: float) -> list[str]:
-    """How long the leg has run, and how long it will, where a limit says so."""
-    passed = now - state.leg["at"]
-    hours = state.leg["limits"]["max_hours"]
-    if hours is not None:
-        return [f"{span(passed)} of {hours:g} h", f"{span(3600 * hours - passed)} left"]
-    tried, at_most = len(state.of("candidate")), state.leg["limits"]["max_experiments"]
-    if at_most is None or not state.rows or state.over:
-        return [span(passed)]
-    claims = 2 * state.night["claim_n"] - len(state.of("claim")) if state.keeps else 0
-    baselines = max(0, state.rules["baselines"] - len(state.scored("baseline")))
+def _time(state: State, now: float) -> str:
+    """How long the leg has run and how long it will: by its limit, else by what a run has taken so far."""
+    passed, most = now - state.leg["at"], state.leg["limits"]
+    if most["max_hours"] is not None:
+        left = 3600 * most["max_hours"] - passed
+        return f"{span(passed)} of {most['max_hours']:g} h, {span(left)} left"
+    if most["max_experiments"] is None or not state.rows or state.over:
+        return f"{span(passed)} so far"
+    runs = max(0, most["max_experiments"] - len(state.of("candidate")))
+    runs += max(0, state.rules["baselines"] - len(state.scored("baseline")))
+    runs += 2 * state.night["claim_n"] - len(state.scored("claim")) if state.keeps else 0
     typical = fmean(row.total_s for row in state.rows)
     begun = min(typical, now - state.running.at) if state.running else 0.0
-    left = (max(0, at_most - tried) + claims + baselines) * typical - begun
-    return [span(passed), f"about {span(left)} left"]
+    return f"{span(passed)} so far, about {span(runs * typical - begun)} left"
 
 
 def results(state: State, width: int, rows: int = LAST) -> Table:

@@ -66,7 +66,6 @@ def train(candidate: Candidate, bench: Bench, server: Server, watch: Watch) -> R
     When this returns or raises, every process of the run is gone.
     """
     started = time.monotonic()
-    bench.cache.mkdir(parents=True, exist_ok=True)
     settings = _settings(candidate, bench)
     log_path = candidate.folder / "run.log"
     with (
@@ -119,7 +118,7 @@ def _command(world_size: int, train_py: Path) -> list[str]:
 
 
 def _environment(candidate: Candidate, bench: Bench) -> dict[str, str]:
-    caches = {name: str(bench.cache / name.lower()) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    caches = sandbox.cache_environment(bench.cache)
     return {**bench.lease.environment, **caches, SOCKET_ENV: str(candidate.folder / "run.sock")}
 
 

@@ -97,6 +97,28 @@ def environment(folder: Path, face: Path, extra: Mapping[str, str]) -> dict[str,
     return kept | ours | dict(extra)
 
 
+def cache_environment(cache: Path) -> dict[str, str]:
+    """Where compilers keep what they compiled, from one run to the next."""
+    cache.mkdir(parents=True, exist_ok=True)
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    compilers = {name: str(cache / name.partition("_")[0].lower()) for name in names}
+    return compilers | bytecode_environment(cache.parent / "bytecode")
+
+
+def bytecode_environment(folder: Path) -> dict[str, str]:
+    """Where torch was installed without bytecode, and compiling its source costs every start seconds: a place for it.
+
+    Only trusted processes write there; a run reads it.
+    """
+    import importlib.util
+
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None or Path(importlib.util.cache_from_source(torch.origin)).exists():
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"PYTHONPYCACHEPREFIX": str(folder)}
+
+
 def spawn(
     tier: Tier,
     argv: Sequence[str],
@@ -113,7 +135,7 @@ def spawn(
     """
     face = make_face(folder)
     rules = {
-        "read": [str(p) for p in readable(face) if p.exists()],
+        "read": [str(p) for p in [*readable(face), Path(env.get("PYTHONPYCACHEPREFIX", face))] if p.exists()],
         "write": [str(p) for p in [folder, *writable, PROC, *_devices()] if p.exists()],
         "landlock": tier.landlock,
         "namespaces": tier.namespaces,

@@ -26,14 +26,16 @@ from nightshift.devices import Lease
 from nightshift.values import Reject, SplitScore, Stop
 
 MAX_REPLY = 1 << 20
+SCORING = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONDONTWRITEBYTECODE": ""}
+UNSHARE_SAYS = "unshare: sigprocmask unblock failed: Invalid argument"  # util-linux 2.38, whenever its child was killed
 SPARE_S = 60.0  # beyond what the scoring process allows a model server, before it is taken for dead itself
 
 
 class Scorer:
     """The trusted scoring process, from the start of a leg to its end."""
 
-    def __init__(self, config: Config, lease: Lease, tier: sandbox.Tier, folder: Path) -> None:
-        self._config, self._lease, self._tier = config, lease, tier
+    def __init__(self, config: Config, lease: Lease, tier: sandbox.Tier, folder: Path, cache: Path) -> None:
+        self._config, self._lease, self._tier, self._cache = config, lease, tier, cache
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         setup = {"config": config.as_dict(), "device": lease.kind}
         self.log = folder / "scorer.log"
@@ -41,7 +43,7 @@ class Scorer:
             command = [sys.executable, "-m", "nightshift.scoring", str(theirs.fileno()), json.dumps(setup)]
             self._process = subprocess.Popen(
                 [*sandbox.LIFELINE, *command],
-                env=os.environ | lease.environment | {"OMP_WAIT_POLICY": "PASSIVE"},
+                env=os.environ | lease.environment | sandbox.cache_environment(cache) | SCORING,
                 cwd=configuration.ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -70,7 +72,8 @@ class Scorer:
                 [sys.executable, "-m", "nightshift.modelserver", str(theirs.fileno()), str(imported), str(train_py)],
                 folder,
                 log,
-                env=self._lease.environment,
+                env=self._lease.environment | sandbox.cache_environment(self._cache),
+                writable=[self._cache],
                 pass_fds=[theirs.fileno(), imported],
             )
         theirs.close()
@@ -123,8 +126,7 @@ class Server:
         reply = self._scorer._receive(self._scorer._config.startup_s * (1 + len(splits)) + SPARE_S)
         if "scores" in reply:
             return {split: SplitScore(**sums) for split, sums in reply["scores"].items()}
-        ((status, reason),) = reply.items()
-        raise Reject(status, f"{reason}\n{tail(self._log, 50)}".rstrip())
+        raise Reject(reply["status"], f"{reply['reason']}\n{tail(self._log, 50)}".rstrip())
 
 
 def tail(path: Path, lines: int) -> str:
@@ -135,4 +137,4 @@ def tail(path: Path, lines: int) -> str:
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    return "\n".join(text.splitlines()[-lines:])
+    return "\n".join([line for line in text.splitlines() if line != UNSHARE_SAYS][-lines:])

@@ -9,11 +9,13 @@ speedrun scores it: every token once. The log-softmax is taken here, in float32,
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,15 +53,16 @@ def _hex(handle: tuple[Any, ...]) -> list[Any]:
 
 
 def make_buffers(device: torch.device, rows: int, row_len: int, vocab: int) -> Buffers:
-    """As many rows as the logits buffer's size allows, at most `rows`."""
+    """As many rows as the logits buffer's size allows, at most `rows`. Sealed: to read a file cut short is fatal."""
     rows = max(1, min(rows, LOGITS_BYTES[device.type] // (row_len * vocab * 4)))
     if device.type == "cuda":
         tokens = torch.zeros(rows, row_len, dtype=torch.int64, device=device)
         return Buffers(tokens, torch.empty(rows, row_len, vocab, dtype=torch.float32, device=device), [])
     fds, views = [], []
     for dtype, count in [(torch.int64, rows * row_len), (torch.float32, rows * row_len * vocab)]:
-        fd = os.memfd_create("nightshift-buffer")
+        fd = os.memfd_create("nightshift-buffer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, count * dtype.itemsize)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         fds.append(fd)
         views.append(torch.frombuffer(mmap.mmap(fd, 0), dtype=dtype))
     return Buffers(views[0].view(rows, row_len), views[1].view(rows, row_len, vocab), fds)
@@ -74,6 +77,7 @@ class Scoring:
         self.dataset = data.open_dataset(config)
         self.token_bytes = torch.from_numpy(self.dataset.token_bytes().astype(np.int64)).to(self.device)
         self.patience_s = config.startup_s
+        self.deadline = 0.0  # for all that the model server of now has to say, by time.monotonic()
         self.consecutive = config.objective == "time_to_target"
         self.buffers: Buffers | None = None
 
@@ -83,19 +87,23 @@ class Scoring:
         if packed.shape[1] == row_len + 1:
             return packed
         total = packed.shape[0] * (packed.shape[1] - 1)
-        if not self.consecutive or row_len < 1 or total % row_len:
-            raise Reject("invalid", f"the model asked for rows of {row_len} tokens; the split has {total}")
+        longest = LOGITS_BYTES[self.device.type] // (4 * self.dataset.vocab_size)
+        if not self.consecutive or not 1 <= row_len <= longest or total % row_len:
+            fits = f"{packed.shape[1] - 1}" + f" or a divisor of {total}, at most {longest}" * self.consecutive
+            raise Reject("invalid", f"the model asked for rows of {row_len} tokens; a row has {fits}")
         text = np.append(packed[:, :-1].reshape(-1), packed[-1, -1])
         return np.lib.stride_tricks.sliding_window_view(text, row_len + 1)[::row_len]
 
     def score(self, server: socket.socket, folder: Path, weights: str, splits: list[str]) -> dict[str, dict[str, Any]]:
         """Sums by split. The nats of every token go to <folder>/nats-<split>.npy, float32 [rows, row_len]."""
-        server.settimeout(self.patience_s)
+        self.deadline = time.monotonic() + self.patience_s * (1 + len(splits))
         request = {"weights": weights, "device": str(self.device), "seq_len": self.dataset.seq_len}
         server.send(json.dumps(request).encode())
         (row_len, *_) = self._status(server)
         first = self.rows(splits[0], row_len)
         if self.buffers is None or self.buffers.logits.shape[1] != row_len:
+            for fd in self.buffers.fds if self.buffers else []:
+                os.close(fd)
             self.buffers = None
             self.buffers = make_buffers(self.device, len(first), row_len, self.dataset.vocab_size)
         socket.send_fds(server, [json.dumps(self.buffers.message()).encode()], self.buffers.fds)
@@ -115,7 +123,7 @@ class Scoring:
             total_bytes += int(lengths.sum())
             count += int(scored.sum())
             nats[start : start + size] = losses.cpu().numpy()
-        np.save(folder / f"nats-{split}.npy", nats)
+        _save(folder / f"nats-{split}.npy", nats)
         return {"nats": total, "bytes": total_bytes, "tokens": count}
 
     def _batch(self, server: socket.socket, batch: torch.Tensor) -> torch.Tensor:
@@ -131,14 +139,17 @@ class Scoring:
         return torch.cat([_nats(x, y) for x, y in self._chunks(logits, batch[:, 1:])])
 
     def _chunks(self, logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Copies, since the server can go on writing: what is summed must be the logits that were looked at."""
         size = max(1, CHUNK_BYTES[self.device.type] // (logits[0].numel() * 4))
-        yield from zip(logits.split(size), targets.split(size), strict=True)
+        for part, wanted in zip(logits.split(size), targets.split(size), strict=True):
+            yield part.clone(), wanted
 
     def _status(self, server: socket.socket) -> tuple[int, int, int]:
+        server.settimeout(max(1e-3, min(self.patience_s, self.deadline - time.monotonic())))
         try:
             reply = server.recv(STATUS.size + 1)
         except TimeoutError:
-            raise Reject("timeout", f"the model server said nothing for {self.patience_s:.0f} s") from None
+            raise Reject("timeout", f"the model did not load or answer within {self.patience_s:.0f} s") from None
         except ConnectionError:
             reply = b""
         if len(reply) != STATUS.size:
@@ -156,11 +167,33 @@ class Scoring:
 def _nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise Reject("invalid", "there is NaN or infinity in the logits")
-    return torch.logsumexp(logits, -1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    nats = torch.logsumexp(logits, -1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    if not bool(torch.isfinite(nats).all()):
+        raise Reject("invalid", "the logits lie so far apart that a loss is infinite in float32")
+    return nats
+
+
+def _save(path: Path, nats: np.ndarray) -> None:
+    """Writes a new file: the run owns the folder, and may have left a link to somebody else's there."""
+    try:
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except (FileExistsError, IsADirectoryError, PermissionError, FileNotFoundError):
+        raise Reject("invalid", f"{path.name}: the run stands in the way of the scorer's own file") from None
+    with os.fdopen(fd, "wb") as file:
+        np.save(file, nats)
+
+
+def write_bytecode() -> None:
+    """Where bytecode has a place of its own (sandbox.bytecode_environment): the compiler's, for the runs to read."""
+    if sys.pycache_prefix:
+        import torch._inductor.compile_fx
+        import torch.nn.attention.flex_attention  # noqa: F401
 
 
 def main() -> None:
     """Serves the loop until it hangs up."""
+    write_bytecode()
     loop = socket.socket(fileno=int(sys.argv[1]))
     scoring = Scoring(json.loads(sys.argv[2]))
     server: socket.socket | None = None
@@ -181,9 +214,9 @@ def main() -> None:
             with torch.inference_mode():
                 reply = {"scores": scoring.score(server, folder, **request["score"])}
         except Reject as reason:
-            reply = {reason.status: str(reason)}
+            reply = {"status": reason.status, "reason": str(reason)}
         except (ConnectionError, TimeoutError):
-            reply = {"crash": "the model server died"}
+            reply = {"status": "crash", "reason": "the model server died"}
         loop.send(json.dumps(reply).encode())
 
 

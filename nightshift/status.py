@@ -54,7 +54,8 @@ def _compose(root: Path, width: int) -> RenderableType:
     state = next((s for s in reversed(states) if s.night["tag"] in pids), states[-1])
     tag = state.night["tag"]
     folder, holds, now = root / ".nightshift" / tag, pids.get(tag), time.time()
-    parts: list[RenderableType] = [panels.heading(state), _told("night", _standing(state, holds))]
+    here = (folder / "journal.jsonl").exists()  # else it came with a clone, and cannot be taken up
+    parts: list[RenderableType] = [panels.heading(state), _told("night", _standing(state, holds, here))]
     if holds:
         parts += [Text(), panels.running(state, _pulse(folder, state), now), Text()]
     parts += [panels.incumbent(state), panels.limits(state, now if holds else None)]
@@ -63,8 +64,7 @@ def _compose(root: Path, width: int) -> RenderableType:
         parts.append(_told("claim", _claim(state)))
     if state.rows:
         parts += [Text(), panels.results(state, width)]
-    resumable = (folder / "journal.jsonl").exists() and not state.closed
-    return Group(*parts, Text(), _told("next", _next(tag, holds, resumable), "bold"))
+    return Group(*parts, Text(), _told("next", _next(tag, holds, here and not state.closed), "bold"))
 
 
 def _told(label: str, text: str, style: str = "") -> Table:
@@ -94,11 +94,13 @@ def holder(lock: Path) -> str:
     return ""
 
 
-def _standing(state: State, pid: str | None) -> str:
+def _standing(state: State, pid: str | None, here: bool) -> str:
     if pid:
         return f"running, process {pid}"
-    if state.closed:
+    if state.closed or (state.over and not here):
         return "over"
+    if not here:
+        return "unfinished, and its journal is not here but published"
     if state.stopped is None:
         return "stopped: its process was killed; what it had finished is in the journal"
     return f"stopped: {clean(state.stopped['cause'])}"

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
-from nightshift import decide, ledger
+from nightshift import ledger, rejudge
 from nightshift.journal import Event, parse
-from nightshift.ledger import RAN, Row, State
+from nightshift.ledger import Row, State
 from nightshift.plumbing import Repository
 from nightshift.proposers.replay import apply_patch
-from nightshift.values import Candidate, Decision, Reject, Run, Score, SplitScore, Status, Stop, Task
+from nightshift.rejudge import MALFORMED
+from nightshift.values import Reject, SplitScore, Stop
 
 SHOWN = 3  # faults that a check names; the rest it counts
-TOLERANCE = 1e-9  # relative, or absolute below 1: the same rule on another processor
-MALFORMED = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)  # of a journal, folded
-JUDGED = ("status", "score", "delta", "p_better", "belief", "age", "takes_back", "repeat_length")
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def _published(live: Path, text: bytes, copy: Path) -> Finding:
     if not text.startswith(copy.read_bytes()):
         return Finding("published", [f"{copy} is not the beginning of {live}: one of the two was changed"])
     rest = text[copy.stat().st_size :].count(b"\n")
-    return Finding("published", [], "the published journal is the live one" + (f" but for {rest} events" * bool(rest)))
+    return Finding("published", [], "the published journal is the live one" + f" but for its last {rest}" * bool(rest))
 
 
 class Git:
@@ -140,9 +137,9 @@ class Git:
     def objects(self, names: Iterable[str]) -> dict[str, str]:
         """Name → hash of what git has; what it has not is left out."""
         asked = [name for name in dict.fromkeys(names) if "\n" not in name]
-        lines = self.repo.git("cat-file", "--batch-check=%(objectname)", stdin="".join(f"{n}\n" for n in asked).encode())
-        found = zip(asked, lines.decode().splitlines(), strict=True)
-        return {name: line for name, line in found if re.fullmatch("[0-9a-f]+", line)}
+        stdin = "".join(f"{name}\n" for name in asked).encode()
+        lines = self.repo.git("cat-file", "--batch-check=%(objectname)", stdin=stdin).decode().splitlines()
+        return {name: line for name, line in zip(asked, lines, strict=True) if re.fullmatch("[0-9a-f]+", line)}
 
     def texts(self, state: State) -> dict[str, bytes]:
         """The train.py of every run that git has, by blob."""
@@ -217,9 +214,9 @@ def _branch(night: Evidence) -> Finding:
         return Finding("branch", [], skipped="there is no git repository here" if moves else "nothing was kept")
     here = night.git.objects(moves)
     wrong = [
-        f"run {moves[commit]}: commit {commit[:10]} changes {', '.join(files) or 'nothing'}, not train.py alone"
+        f"run {moves[commit]}: commit {commit[:10]} changes {', '.join(files)}, not train.py alone"
         for commit, files in night.git.changed(here).items()
-        if files != [night.git.train_py]
+        if not {*files} <= {night.git.train_py}
     ]
     tip = night.git.tip(night.tag)
     if not tip:
@@ -228,8 +225,9 @@ def _branch(night: Evidence) -> Finding:
     on_branch = night.git.ancestors(tip, night.state.night["base"])
     if tip == night.state.tip_before:
         on_branch.add(night.state.tip)  # the next run makes this move, which a kill came before
-    off = [f"run {n}: commit {c[:10]} is not on autoresearch/{night.tag}" for c, n in moves.items() if c not in on_branch]
-    return Finding("branch", wrong + off, f"{len(moves)} moves lie on autoresearch/{night.tag}, each of train.py alone")
+    off = [commit for commit in moves if commit not in on_branch]
+    wrong += [f"run {moves[c]}: commit {c[:10]} is not on autoresearch/{night.tag}" for c in off]
+    return Finding("branch", wrong, f"{len(moves)} moves lie on autoresearch/{night.tag}, each of train.py alone")
 
 
 def _diffs(night: Evidence) -> Finding:
@@ -289,76 +287,10 @@ def _row(stored: dict[str, Any]) -> Row:
 
 
 def _decisions(night: Evidence) -> Finding:
-    """Every decision, and the claim, made again from what was recorded before it."""
-    state, wrong, made, unknown = State(), [], 0, 0
-    for event in night.events:
-        kind = event["event"]
-        expected: dict[str, Any] | None = {}
-        try:
-            if kind == "decide":
-                expected = _decided_again(state, event, night.texts)
-                where = f"run {event['number']}"
-            elif kind == "claim":
-                expected = decide.claim(state, event["why"])
-                where = "the claim"
-        except MALFORMED as error:
-            wrong.append(f"{where}: what is recorded does not suffice to decide ({type(error).__name__}: {error})")
-            expected = {}
-        unknown += expected is None
-        made += bool(expected)
-        for name, value in (expected or {}).items():
-            if not _close(event.get(name), value):
-                wrong.append(f"{where}: {name} is {event.get(name)}, the rule gives {value}")
-        state.apply(event)
+    """What ran next, what became of it, what is claimed: all made again from what was recorded before."""
+    wrong, made, unknown = rejudge.faults(night.events, night.texts)
     skipped = f"{unknown} runs' changes are not in this clone" * bool(unknown) or "none so far" * (not made)
-    return Finding("decisions", wrong, f"{made} follow from the recorded scores" * bool(made), skipped)
-
-
-def _decided_again(state: State, event: Event, texts: dict[str, bytes]) -> dict[str, Any] | None:
-    """What the rule makes of a run, in the fields of its event; None where the size of its change is not known."""
-    row = state.running
-    assert row is not None and event["status"] in get_args(Status)
-    if not event["scores"]:
-        assert event["status"] not in RAN, "a run without a score was neither kept nor discarded"
-        return _fields(decide.reject(state, Reject(event["status"], event["reason"])))
-    parent = state.incumbent.blob
-    if row.blob != parent and not {row.blob, parent} <= texts.keys():
-        return None
-    net_added = _lines(texts[row.blob]) - _lines(texts[parent]) if row.blob != parent else 0
-    scores = {name: SplitScore(**split) for name, split in event["scores"].items()}
-    task = Task(row.kind, row.number, row.attempt, row.seed, row.parent, row.blob, row.arm, tuple(scores), row.length)
-    unhealthy = ""
-    if event["repeat_length"] == row.length:  # a run of the wrong length is repeated at another one
-        unhealthy = event["reason"].removeprefix("does not count: ")
-    run = Run(
-        candidate=Candidate(task, row.title, row.blob, row.commit, Path(), net_added),
-        weights=Path(),
-        train_s=event["train_s"],
-        peak_memory_mb=event["memory_mb"],
-        unhealthy=unhealthy,
-        **{name: event[name] for name in ("steps", "tokens", "startup_s", "num_params", "flops_per_token")},
-    )
-    return _fields(decide.judge(state, task, run, Score(scores, event["train_s"]), net_added))
-
-
-def _fields(decision: Decision) -> dict[str, Any]:
-    fields = asdict(decision)
-    fields["repeat_length"] = fields.pop("length")
-    return {name: fields[name] for name in JUDGED}
-
-
-def _lines(text: bytes) -> int:
-    """Lines as git counts them: the last one may lack its end."""
-    return text.count(b"\n") + bool(text and not text.endswith(b"\n"))
-
-
-def _close(told: Any, value: Any) -> bool:
-    """Equal, numbers within TOLERANCE."""
-    if isinstance(value, dict):
-        return isinstance(told, dict) and all(_close(told.get(name), part) for name, part in value.items())
-    if isinstance(value, float) and isinstance(told, (int, float)):
-        return math.isclose(told, value, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-    return cast(bool, told == value)
+    return Finding("decisions", wrong, f"{made} follow from what was recorded before them" * bool(made), skipped)
 
 
 def _results(path: Path, before: str | None, nights: dict[str, list[Event]], complete: bool) -> Finding:

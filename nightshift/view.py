@@ -75,7 +75,7 @@ class View:
         if self._screen:
             self._screen.show(state, self._pulse)
         else:
-            self.say(f"run {candidate.task.number} ({candidate.task.kind}): {candidate.title}")
+            self.say(f"run {candidate.task.number} ({candidate.task.kind}): {clean(candidate.title)}")
 
     def watch(self, live: Live) -> None:
         """A run goes on."""
@@ -161,10 +161,11 @@ class Screen:
             self._picture.start(refresh=True)
 
     def close(self) -> None:
-        """Leaves the picture as it is, without the run in flight, and the terminal as it was."""
-        self._closing = True
-        if self._picture is not None:
+        """Leaves the results on the screen, without the run in flight, and the terminal as it was."""
+        if self._picture is not None and not self._closing:
+            self._closing = True
             self._picture.stop()
+            self._console.print()
 
     def _frame(self) -> RenderableType:
         """The picture for the terminal's size of now."""
@@ -179,7 +180,7 @@ class Screen:
         parts: list[RenderableType] = [panels.heading(state), Text()]
         if not self._closing:
             parts += [panels.running(state, self.pulse, now, now - self._shown_at), Text()]
-        parts += [panels.incumbent(state), panels.limits(state, now)]
+        parts += [panels.incumbent(state), panels.limits(state, None if self._closing else now)]
         rows = min(panels.LAST, len(state.rows), size.height - AROUND)
         if rows > 0:
             parts += [Text(), panels.results(state, width - 2, rows)]

@@ -1,201 +1,128 @@
-"""Simulated nights: the events, ledger and decisions are the real ones, and a normal draw stands for a training run.
-
-A train.py is the path of changes that led to it ("first/3/7" as its blob), and its true score is the sum of their
-effects. A run's noise is a function of its seed, as a real run's is, so a run that a kill cut off scores the same
-when it is made again.
-"""
+"""Whole nights in seconds: the real journal, branch, decisions and records; only the training is a throw of dice."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cache
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from nightshift import config as configuration
-from nightshift import decide, ledger
-from nightshift.journal import Event
-from nightshift.ledger import Drafted, Row, State
-from nightshift.night import STARTED
-from nightshift.values import Candidate, Decision, Reject, Run, Score, SplitScore, Task
+from nightshift import config, decide, opening, publish
+from nightshift.branch import Branch
+from nightshift.config import Config
+from nightshift.data import Dataset
+from nightshift.devices import Lease
+from nightshift.journal import Journal
+from nightshift.night import Ledger, Night, folder_of, make_home
+from nightshift.runner import Bench
+from nightshift.sandbox import Tier
+from nightshift.values import Brief, Candidate, Proposal, Reject, Run, Score, SplitScore, Task
+from nightshift.view import View
 
-FIRST, BASE = "first", 1.0  # the night's first train.py, and its true score in bits per byte
-BYTES = 1_000_000
-TOKENS = 250_000
-
-
-class Book(Protocol):
-    """night.Ledger, or a Sheet."""
-
-    state: State
-
-    def write(self, event: str, /, **fields: Any) -> None: ...
-
-
-class Sheet:
-    """Events and their fold without a disk, for nights by the hundred."""
-
-    def __init__(self, events: list[Event] | None = None) -> None:
-        self.events = list(events or [])
-        self.state = ledger.fold(self.events)
-
-    def write(self, event: str, /, **fields: Any) -> None:
-        self.events.append({"n": len(self.events) + 1, "at": float(len(self.events)), "event": event, **fields})
-        self.state.apply(self.events[-1])
+BYTES, TOKENS = 1_000_000, 300_000  # of a held-out split
+SIGMA = 0.003
+SHIFTS = {"val": 0.0, "test": 20_000.0}  # nats by which a split is harder
 
 
 @dataclass(frozen=True)
-class World:
-    """What is true of the machine and of the changes that will be proposed. Scores are bits per byte."""
+class Idea:
+    """Replaces `x<line> = <line>` by `text`; every copy of `text` in a train.py moves its true score by `effect`."""
 
-    seed: int = 0
-    sigma: float = 0.003
-    effect: Callable[[int], float] = lambda proposal: 0.0
-    lines: Callable[[int], int] = lambda proposal: 0  # net lines that a proposal adds
-    fate: Callable[[int], str] = lambda seed: ""  # of a run, by its seed: "crash", "unhealthy" or nothing special
-    offsets: tuple[float, ...] = ()  # what the machine adds to a score, by the run's number
-
-    def truth(self, blob: str) -> float:
-        return BASE + sum(self.effect(int(proposal)) for proposal in blob.split("/")[1:])
-
-    def score(self, seed: int, blob: str, splits: tuple[str, ...], number: int) -> Score:
-        offset = self.offsets[number] if self.offsets else 0.0
-        noise = {s: random.Random(f"{self.seed}:{seed}:{s}").gauss(0.0, self.sigma) for s in splits}
-        return Score({s: split(self.truth(blob) + offset + noise[s]) for s in splits}, 8.0)
+    title: str
+    line: int
+    text: str
+    effect: float = 0.0
+    hypothesis: str = "It may help."
+    fails: str = ""  # crash, timeout, invalid, or refused: the proposer's edits do not match
+    unhealthy: str = ""  # what is wrong with the device whenever it runs
 
 
-def split(bpb: float, loss: float | None = None) -> SplitScore:
-    """A SplitScore of so many bits per byte, or of so many nats a token."""
-    return SplitScore(bpb * math.log(2) * BYTES if loss is None else loss * TOKENS, BYTES, TOKENS)
+GOOD = Idea("a better x3", 3, "x3 = 33", -0.1, hypothesis="Because of <script>alert(1)</script> & more.")
+BAD = Idea("a worse x5", 5, "x5 = 55", +0.1)
+CRASH = Idea("a crash", 7, "raise SystemExit", fails="crash")
+REFUSED = Idea("no such lines", 0, "", fails="refused")
 
 
-@cache
-def demo(**settings: Any) -> configuration.Config:
-    """The demo profile with these settings."""
-    return configuration.load(profile="demo", **settings)
+class Script:
+    """A proposer with a list of ideas."""
+
+    name, ahead = "script", False
+
+    def __init__(self, ideas: list[Idea]) -> None:
+        self.ideas = ideas
+
+    def propose(self, brief: Brief) -> Proposal | None:
+        """The idea that is next in the list, on the incumbent of now."""
+        if brief.asked >= len(self.ideas):
+            return None
+        idea = self.ideas[brief.asked]
+        if idea.fails == "refused":
+            raise Reject("invalid", idea.title)
+        text = brief.train_py.replace(f"x{idea.line} = {idea.line}\n", f"{idea.text}\n")
+        return Proposal(idea.title, idea.hypothesis, text, self.name, "test", -0.01, 1000, 0.01)
 
 
-def begin(
-    book: Book, seed: int = 0, prior: tuple[float, int] = (0.0, 0), tag: str = "nov20", **settings: Any
-) -> None:
-    """A night's first events; `settings` are keys of config.yaml."""
-    config = demo(**settings)
-    book.write(
-        "night",
-        tag=tag,
-        base="c-first",
-        blob=FIRST,
-        config=config.as_dict(),
-        seed=seed,
-        claim_n=decide.claim_runs(config.max_experiments, config.max_hours, config.budget_s, config.claim_per_arm),
-        sigma0=config.sigma0,
-        prior={"ss": prior[0], "df": prior[1]},
-        device="a CPU",
-        data_digest="digest",
-        torch="2.13.0",
-        profile="demo",
-    )
-    limits = {name: getattr(config, name) for name in ("max_experiments", "max_hours", "max_usd")}
-    book.write("leg", pid=1, sandbox="none", limits=limits, proposer="knobs")
+def rules(**changes: Any) -> Config:
+    """The demo profile, at a noise of SIGMA, without an end of its own."""
+    return config.load(profile="demo", sigma0=SIGMA, **{"max_experiments": 1000, "proposer": "script"} | changes)
 
 
-def draft(book: Book, title: str = "", **fields: Any) -> None:
-    """A proposal against the incumbent of now."""
-    number, parent = book.state.asked + 1, book.state.incumbent.blob
-    known = {"hypothesis": "", "family": "", "proposer": "knobs", "usd": 0.0, "expected_delta": None, "tokens": 0}
-    names = {"id": number, "parent_blob": parent, "blob": f"{parent}/{number}", "title": title or f"change {number}"}
-    book.write("propose", **known | names | {"rejected": ""} | fields)
+def play(root: Path, ideas: list[Idea], tag: str = "nov20", seed: int = 0, runs: int = 1000, **changes: Any) -> Night:
+    """Runs a night in the repository `root` until it ends, or is cut off, unpublished, before its run `runs` + 1."""
+    settings = rules(**changes)
+    make_home(root)
+    dataset = Dataset(root, {}, settings.vocab_size, 0, settings.seq_len, (), (), "digest", "")
+    bench = Bench(settings, dataset, Lease((), "dice (2 cores)"), Tier(False, 0), root)
+    book = Ledger(Journal(folder_of(root, tag) / "journal.jsonl"))
+    branch = Branch(root, tag)
+    opening.take_up(root, tag, book, branch, bench)
+    night = Night(root, book, branch, bench, None, Script(ideas), threading.Event(), View())  # type: ignore[arg-type]
+    dice = random.Random(seed)
+    while (task := decide.next(night.state, time.time())).kind != "end" and len(night.state.rows) < runs:
+        drafted = night.propose(task)
+        if drafted is None:
+            continue
+        run = score = None
+        try:
+            run, score = _train(night.commit(task, drafted), ideas, dice, settings)
+            decision = decide.judge(night.state, task, run, score, run.candidate.net_added)
+        except Reject as reason:
+            decision = decide.reject(night.state, reason)
+        night.record(decision, run, score)
+        night.advance()
+    if task.kind == "end":
+        _finish(night, task)
+    night.close()
+    return night
 
 
-def drafted_for(state: State, task: Task) -> Drafted:
-    """What `task` runs: a proposal that waits, the run that is made again, or a train.py as it is."""
-    before = state.running or (state.again if task.again else None)
-    if before:
-        same = {k: v for k, v in asdict(before).items() if k in Drafted.__dataclass_fields__}
-        return Drafted(**same, id=before.proposal, expected_delta=None)
-    if task.kind == "candidate":
-        return next(iter(state.drafted.values()))
-    return Drafted(0, task.kind, "", "", "", task.blob, state.incumbent.blob, 0.0, None)
+def _train(candidate: Candidate, ideas: list[Idea], dice: random.Random, settings: Config) -> tuple[Run, Score]:
+    """One throw. In a time_to_target night a run takes 100 s times its length, and an effect is one on its loss."""
+    lines = (candidate.folder / "train.py").read_text().splitlines()
+    (candidate.folder / "run.log").write_text("step 1 <b>loss</b> 5.5\nstep 2 \x1b[31mloss\x1b[0m 5.1\n")
+    made = [idea for idea in ideas if idea.text in lines]
+    failure = next((idea.fails for idea in made if idea.fails), "")
+    if failure:
+        raise Reject(failure, "train.py ended before run.finish()\nTraceback:\n  <img src=x onerror=alert(2)>")
+    effect = sum(idea.effect for idea in made) + dice.gauss(0.0, SIGMA)
+    nats, train_s = (3.0 + effect) * math.log(2) * BYTES, 8.0 + dice.random() / 10
+    if settings.objective == "time_to_target":
+        train_s = 100.0 * candidate.task.length + dice.random() / 10
+        nats = (settings.target_loss + effect - 0.3 * math.log(candidate.task.length)) * TOKENS
+    splits = {name: SplitScore(nats + shift, BYTES, TOKENS) for name, shift in SHIFTS.items()}
+    ill = next((idea.unhealthy for idea in made if idea.unhealthy), "")
+    run = Run(candidate, Path(), 100, 51_200, 2.0, train_s, 512.0 + dice.random(), 1_000_000, 6e6, ill)
+    return run, Score({name: splits[name] for name in candidate.task.splits}, train_s)
 
 
-def start(book: Book, task: Task) -> Drafted:
-    """The start event, as Night.commit writes it."""
-    drafted = drafted_for(book.state, task)
-    told = {k: v for k, v in asdict(drafted).items() if k in Row.__dataclass_fields__}
-    names = {name: getattr(task, name) for name in STARTED}
-    book.write("start", **names, **told, proposal=drafted.id, commit=f"candidate-{task.number}")
-    return drafted
-
-
-def record(book: Book, decision: Decision, score: Score | None = None, total_s: float = 10.0) -> None:
-    """The decide event, as Night.record writes it."""
-    row = book.state.running
-    assert row is not None
-    outcome = asdict(decision)
-    outcome["repeat_length"] = outcome.pop("length")
-    moves_to = ""
-    if decision.takes_back:
-        moves_to = f"revert-{decision.takes_back}"
-    elif row.kind == "candidate" and decision.status == "keep":
-        moves_to = f"keep-{row.number}"
-    commit = moves_to if row.kind == "candidate" and moves_to else row.commit
-    measured = ledger.score_fields(score) | {"steps": 7, "memory_mb": 512.0} if score else {"scores": {}}
-    book.write("decide", number=row.number, **outcome, **measured, commit=commit, moves_to=moves_to, total_s=total_s)
-
-
-def judged(state: State, task: Task, score: Score, net_added: int = 0, unhealthy: str = "") -> Decision:
-    """decide.judge on a run that left nothing but a score."""
-    candidate = Candidate(task, "", task.blob, "", Path(), net_added)
-    run = Run(candidate, Path(), 7, 7000, 1.0, score.train_s, 512.0, 1000, 6000.0, unhealthy)
-    return decide.judge(state, task, run, score, net_added)
-
-
-def play(book: Book, score: Score | Reject, net_added: int = 0, unhealthy: str = "", now: float = 0.0) -> Decision:
-    """Whatever comes next, with this outcome."""
-    task = decide.next(book.state, now)
-    if task.kind == "candidate" and task.attempt == 1 and not task.again and not book.state.drafted:
-        draft(book)
-    start(book, task)
-    if isinstance(score, Reject):
-        decision = decide.reject(book.state, score)
-        record(book, decision)
-    else:
-        decision = judged(book.state, task, score, net_added, unhealthy)
-        record(book, decision, score)
-    return decision
-
-
-def scored(bpb: float, **others: float) -> Score:
-    """A score of `bpb` on val, and on other splits as named."""
-    return Score({"val": split(bpb)} | {name: split(y) for name, y in others.items()}, 8.0)
-
-
-def live(book: Book, world: World) -> Iterator[None]:
-    """The night from where it stands to its end; yields after every event, for that is where a kill may come."""
-    while (task := decide.next(book.state, 0.0)).kind != "end":
-        if task.kind == "candidate" and task.attempt == 1 and not task.again and not book.state.drafted:
-            draft(book)
-            yield
-        drafted = start(book, task)
-        yield
-        fate = world.fate(task.seed)
-        if fate == "crash":
-            record(book, decide.reject(book.state, Reject("crash", "boom\nTraceback")))
-        else:
-            score = world.score(task.seed, drafted.blob, task.splits, task.number)
-            decision = judged(book.state, task, score, world.lines(drafted.id), fate)
-            record(book, decision, score)
-        yield
-    if not book.state.over:
-        book.write("claim", **decide.claim(book.state, task.why))
-        yield
-
-
-def whole(book: Book, world: World) -> State:
-    """The night, lived to its end."""
-    for _ in live(book, world):
-        pass
-    return book.state
+def _finish(night: Night, task: Task) -> None:
+    """What the loop does at the end of a night."""
+    night.book.write("claim", **decide.claim(night.state, task.why))
+    records = publish.write_records(night.root, night.folder, night.state, night.branch)
+    night.write_results()
+    paths = [records, night.root / "results.tsv"]
+    moves_to = night.branch.publish(paths, f"ledger of night {night.state.night['tag']}\n", time.time())
+    night.book.write("stop", code=0, cause=task.why, moves_to=moves_to)

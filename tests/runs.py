@@ -16,7 +16,7 @@ from nightshift.scorer import Scorer, Server
 from nightshift.values import Candidate, Reject, Run, Task
 
 # A whole train.py: a table of bigrams, trained for real.
-BIGRAM = '''
+BIGRAM = """
 import torch
 from torch.nn import functional as F
 
@@ -49,7 +49,7 @@ def load(weights, device):
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 # The same conversation with the runner, without torch: it starts in a tenth of a second.
 BARE = """
@@ -64,6 +64,8 @@ line = RankEnd(Path(os.environ["NIGHTSHIFT_SOCKET"]), 0)
 weights = Path(line.settings.weights)
 raw = line._sock
 """
+
+SAVE = "weights.write_bytes(bytes(8)); line.saved(); time.sleep(60)"
 
 
 def bare(body: str) -> str:
