@@ -89,7 +89,6 @@ MUON_BETA2 = 0.95
 POLAR_STEPS = 5  # at most the 5 of POLAR_EXPRESS
 WEIGHT_DECAY = 0.2  # knob: lin 0.0 0.5
 VALUE_WEIGHT_DECAY = 0.003
-WARMUP = 0.0  # of the run
 WARMDOWN = 0.75  # knob: lin 0.3 1.0
 FINAL_LR = 0.05  # knob: lin 0.0 0.2
 TOTAL_BATCHES: int | None = None  # where a time_to_target run stops; None: when the budget is used
@@ -494,9 +493,7 @@ class MuonAdamW:
 
 
 def lr_scale(progress: float) -> float:
-    """Linear warm-up to 1, then 1, then linear warm-down to FINAL_LR."""
-    if progress < WARMUP:
-        return progress / WARMUP
+    """1, then linear warm-down to FINAL_LR."""
     if progress <= 1 - WARMDOWN:
         return 1.0
     left = (1 - progress) / WARMDOWN
