@@ -55,7 +55,7 @@ GPU_SHORT_WINDOW = 256  # knob[cuda]: choice 128 256 512
 GPU_ROPE_BASE = 200_000.0  # knob[cuda]: log 10000 1000000
 GPU_MATRIX_LR = 0.04  # knob[cuda]: log 0.01 0.16
 GPU_EMBEDDING_LR = 0.9  # knob[cuda]: log 0.2 3.0
-GPU_HEAD_LR = 0.004  # knob[cuda]: log 0.001 0.02
+GPU_HEAD_LR = 0.008  # knob[cuda]: log 0.001 0.02
 
 # ---- Knobs: the CPU demo, some 200 steps on one core ----------------------------------------------------------------
 
