@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 # ---- Knobs: a GPU ---------------------------------------------------------------------------------------------------
 
 GPU_DEPTH = 9  # knob[cuda]: int 6 12
-GPU_HEADS = 4  # knob[cuda]: int 4 8
+GPU_HEADS = 5  # knob[cuda]: int 4 8
 GPU_HEAD_DIM = 128
 GPU_MLP_RATIO = 4  # hidden width of the MLP, in widths of the model
 GPU_BATCH_TOKENS = 2**17  # of one optimiser step, over all ranks
@@ -52,10 +52,10 @@ GPU_ROWS = 64  # of a micro-batch on one rank, at most: memory decides, the resu
 GPU_SEQ_LEN = 2048  # of a training row, at most; a shorter one of the profile holds
 GPU_WINDOWS = "SSSSL"  # S: the short window, L: all that came before; repeated over the layers, of which the last is L
 GPU_SHORT_WINDOW = 256  # knob[cuda]: choice 128 256 512
-GPU_ROPE_BASE = 175600.0  # knob[cuda]: log 10000 1000000
-GPU_MATRIX_LR = 0.03285  # knob[cuda]: log 0.01 0.16
-GPU_EMBEDDING_LR = 0.8745  # knob[cuda]: log 0.2 3.0
-GPU_HEAD_LR = 0.004975  # knob[cuda]: log 0.001 0.02
+GPU_ROPE_BASE = 200_000.0  # knob[cuda]: log 10000 1000000
+GPU_MATRIX_LR = 0.04  # knob[cuda]: log 0.01 0.16
+GPU_EMBEDDING_LR = 0.9  # knob[cuda]: log 0.2 3.0
+GPU_HEAD_LR = 0.008  # knob[cuda]: log 0.001 0.02
 
 # ---- Knobs: the CPU demo, some 200 steps on one core ----------------------------------------------------------------
 
@@ -76,21 +76,21 @@ CPU_HEAD_LR = 0.012  # knob[cpu]: log 0.003 0.05
 # ---- Knobs: both ----------------------------------------------------------------------------------------------------
 
 GATE_CHANNELS = 32  # of the stream, that the gates of the value embeddings read
-SOFTCAP = 13.74  # knob: log 8 40
-INIT_SCALE = 0.7384  # knob: lin 0.3 1.2
-X0_INIT = 0.06519  # knob: lin 0.0 0.3
-SCALAR_LR = 0.6667  # knob: log 0.05 2.0
+SOFTCAP = 15.0  # knob: log 8 40
+INIT_SCALE = 0.68  # knob: lin 0.3 1.2
+X0_INIT = 0.05  # knob: lin 0.0 0.3
+SCALAR_LR = 0.5  # knob: log 0.05 2.0
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)
-MUON_MOMENTUM = 0.9796  # knob: lin 0.85 0.98
+MUON_MOMENTUM = 0.95  # knob: lin 0.85 0.98
 MUON_MOMENTUM_START = 0.85
 MUON_MOMENTUM_WARMUP = 0.15  # of the run
 MUON_BETA2 = 0.95
 POLAR_STEPS = 5  # at most the 5 of POLAR_EXPRESS
-WEIGHT_DECAY = 0.04101  # knob: lin 0.0 0.5
+WEIGHT_DECAY = 0.2  # knob: lin 0.0 0.5
 VALUE_WEIGHT_DECAY = 0.003
-WARMDOWN = 0.7634  # knob: lin 0.3 1.0
-FINAL_LR = 0.04485  # knob: lin 0.0 0.2
+WARMDOWN = 0.75  # knob: lin 0.3 1.0
+FINAL_LR = 0.05  # knob: lin 0.0 0.2
 TOTAL_BATCHES: int | None = None  # where a time_to_target run stops; None: when the budget is used
 
 
