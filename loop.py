@@ -112,8 +112,9 @@ def work(night: Night) -> int:
         if not night.state.over:
             night.book.write("claim", **decide.claim(night.state, cause))
     except KeyboardInterrupt:
-        code, cause = 130, "interrupted (once more: stops at once, without publishing)"
-        night.view.say("interrupted: the run in flight is given up, the ledger is brought up to date")
+        code, cause = 130, "interrupted"
+        night.view.say("interrupted: bringing the ledger up to date; once more stops at once")
+        night.book.reread()
     except Stop as stop:
         code, cause = stop.code, str(stop)
     night.close()

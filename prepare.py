@@ -53,7 +53,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    print(f"{dataset.root}: digest {dataset.digest[:16]}")
+    tokens = {name: counts["tokens"] for name, counts in dataset.manifest["counts"].items()}
+    held = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in tokens.items())
+    print(f"{dataset.root}: tokens {held}; digest {dataset.digest[:16]}")
     return 0
 
 

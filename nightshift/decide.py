@@ -17,6 +17,7 @@ from typing import Any, Literal
 from nightshift.ledger import Row, State
 from nightshift.values import Belief, Decision, Kind, Reject, Run, Score, Task
 
+RULES = 1  # the version of all that follows; a night's journal names the one it was decided by
 PRIOR_DF = 4  # how many degrees of freedom the profile's σ₀ is worth
 DRIFT = 0.01  # variance that the machine adds to a belief with each run, in σ²
 COST, COST_PER_LINE, COST_CAP = 0.1, 0.005, 0.3  # what a keep must gain, in σ

@@ -63,6 +63,7 @@ class Row:
     usd: float
     proposal: int
     at: float
+    rejected: str = ""  # of a proposal with nothing to run: why
     status: Status | None = None
     reason: str = ""
     counts: bool = True  # False where the run was repeated without regard to its score
@@ -160,11 +161,11 @@ class State:
         return [r for r in self.of(*kinds) if r.status in RAN and r.score is not None]
 
     def history(self) -> tuple[Past, ...]:
-        """The night as proposers are told it."""
+        """The night as proposers are told it: what counts."""
         return tuple(
             Past(r.number, r.kind, r.status, r.title, r.family, r.proposer, r.blob, r.score, r.delta, r.reason)
             for r in self.rows
-            if r.status is not None
+            if r.status is not None and r.counts
         )
 
     def apply(self, event: Event) -> None:

@@ -41,6 +41,10 @@ class Ledger:
         with self._lock:
             self.state.apply(self._journal.append(event, **fields))
 
+    def reread(self) -> None:
+        """The state anew from the journal, where an interrupt may have come between the one and the other."""
+        self.state = ledger.fold(self._journal.events)
+
 
 class Purse:
     """What a proposer may spend. A reservation is journaled before the call, and stands until it is settled."""
@@ -145,6 +149,8 @@ class Night:
             self.book.write("exhausted", why=f"{self.proposer.name} has nothing more to propose")
             return False
         faults = "; ".join(lint.check(proposal.train_py))
+        if proposal.train_py == train_py:
+            faults = "it changes nothing"
         blob = self.branch.write_blob(proposal.train_py)
         self.book.write("propose", **fields, **self._fields(proposal), blob=blob, rejected=faults)
         return True
@@ -169,7 +175,8 @@ class Night:
         if before := self.state.running or (self.state.again if task.again else None):
             names = Drafted.__dataclass_fields__
             same = {k: v for k, v in asdict(before).items() if k in names}
-            return Drafted(**same, id=before.proposal, expected_delta=None)
+            paid = 0.0 if task.again else before.usd
+            return Drafted(**(same | {"usd": paid}), id=before.proposal, expected_delta=None)
         title = {
             "baseline": "baseline: the unchanged train.py",
             "sentinel": f"sentinel: run {task.parent} again" if task.parent else "sentinel: the baseline again",
@@ -256,8 +263,7 @@ class Night:
 
     def write_results(self) -> None:
         """results.tsv, anew from all journals."""
-        others = [s for s in ledger.nights(self.root) if s.night["tag"] != self.state.night["tag"]]
-        ledger.write_atomically(self.root / "results.tsv", ledger.results_tsv([*others, self.state]))
+        ledger.write_atomically(self.root / "results.tsv", ledger.results_tsv(ledger.nights(self.root)))
 
     def _tidy(self, row: Row, keeps: bool) -> None:
         """Weights are kept of the newest keep alone."""

@@ -82,6 +82,7 @@ def _header(root: Path, tag: str, base: str, blob: str, bench: Bench) -> dict[st
         "blob": blob,
         "config": asdict(config),
         "seed": int.from_bytes(hashlib.sha256(f"{tag}:{base}:{time.time_ns()}".encode()).digest()[:4]) >> 1,
+        "rules": decide.RULES,
         "claim_n": _claim_n(config),
         "sigma0": _sigma0(config, earlier),
         "prior": _repeats(earlier, blob),

@@ -145,9 +145,9 @@ def _frame(axes: Axes, state: State, path: list[Step], theme: Theme) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(theme.grid)
-    unit = UNITS[state.rules["objective"]]
+    unit = UNITS[state.rules["objective"]].replace("bits", "validation bits")
     axes.set_xlabel("experiment", color=theme.quiet, fontsize=10)
-    axes.set_ylabel(f"validation {unit}, lower is better", color=theme.quiet, fontsize=10)
+    axes.set_ylabel(f"{unit}, lower is better", color=theme.quiet, fontsize=10)
     claims = [r.number for r in state.rows if r.kind == "claim"]
     if claims:
         axes.axvspan(claims[0] - 0.5, len(state.rows) + 0.5, color=theme.grid, alpha=0.45, linewidth=0, zorder=0)

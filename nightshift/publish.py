@@ -28,9 +28,9 @@ def write_records(root: Path, live: Path, state: State, branch: Branch) -> Path:
     for row in state.rows:
         for name, text in _record(row, live, branch).items():
             path = folder / f"{row.number:03d}" / name
-            if not path.is_file() or path.read_text() != text:
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 ledger.write_atomically(path, text)
-    ledger.write_atomically(folder / "journal.jsonl", (live / "journal.jsonl").read_text())
+    ledger.write_atomically(folder / "journal.jsonl", (live / "journal.jsonl").read_text(encoding="utf-8"))
     return folder
 
 

@@ -23,6 +23,8 @@ def faults(events: list[Event], texts: dict[str, bytes]) -> tuple[list[str], int
 
     `texts` holds train.py by blob: what a keep must gain depends on how many lines it adds.
     """
+    if events and events[0].get("rules", 1) != decide.RULES:
+        return [], 0, len(events)
     state, wrong, made, unknown = State(), [], 0, 0
     for event in events:
         name = f"run {event['number']}" if "number" in event else f"the {event['event']}"

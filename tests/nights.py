@@ -67,7 +67,7 @@ class Script:
 
 def rules(**changes: Any) -> Config:
     """The demo profile, at a noise of SIGMA, without an end of its own."""
-    return config.load(profile="demo", sigma0=SIGMA, **{"max_experiments": 1000, "proposer": "script"} | changes)
+    return config.load(profile="demo", **{"sigma0": SIGMA, "max_experiments": 1000, "proposer": "script"} | changes)
 
 
 def play(root: Path, ideas: list[Idea], tag: str = "nov20", seed: int = 0, runs: int = 1000, **changes: Any) -> Night:

@@ -154,7 +154,7 @@ def test_runs_that_did_not_count_hold(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [row.counts for row in night.state.rows if row.kind == "candidate"] == [False, False, False, True, True]
     assert lines(root, capsys, 0)["decisions"].startswith("ok")
     rewrite(root, of_run(4, "decide", repeat_length=None))
-    assert "WRONG run 4: repeat_length is None" in lines(root, capsys, 1)["decisions"]
+    assert "WRONG run 4: status is discard, the rule gives" in lines(root, capsys, 1)["decisions"]
 
 
 def test_a_night_to_a_target_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
