@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     folder = folder_of(ROOT, tag)
     with View() as view, lock(folder), devices.lease(config.gpus) as lease:
         tier = sandbox.probe()
+        if shutil.which(sandbox.LIFELINE[0]) is None:
+            raise Stop("setpriv is not to be found, and without it no run ends for sure: install util-linux")
         view.say(f"night {tag}, profile {profile} ({why})")
         view.say(f"device {lease.name}; sandbox {tier}" + (f" ({tier.missing})" if tier.missing else ""))
         dataset = prepared(config, profile)
@@ -115,11 +118,23 @@ def work(night: Night) -> int:
         code, cause = 130, "interrupted"
         night.view.say("interrupted: bringing the ledger up to date; once more stops at once")
         night.book.reread()
-    except Stop as stop:
-        code, cause = stop.code, str(stop)
+    except (Stop, OSError) as stop:
+        code, cause = getattr(stop, "code", 1), said(stop)
     night.close()
-    finish(night, code, cause)
+    try:
+        finish(night, code, cause)
+    except (Stop, OSError) as stop:
+        night.view.close()
+        night.view.say(f"{cause}\nnot published: {said(stop)}")
+        return code or 1
     return code
+
+
+def said(stop: Stop | OSError) -> str:
+    """What ended the night, in words: a disk that is full or read-only is as good a reason as any."""
+    if isinstance(stop, Stop):
+        return str(stop)
+    return f"{stop.filename or 'a file'}: {stop.strerror}; the journal is whole. Mend that, then: python loop.py run"
 
 
 def finish(night: Night, code: int, cause: str) -> None:
