@@ -12,6 +12,10 @@ The contract, in full on `nightshift.openrun.OpenRun`:
 Compiling and warming up happen before the first batch, off the clock; every second after it counts. The seed is
 the run's: setting one here would hide the noise that scores are judged against.
 
+Claim, by hand (`NIGHTSHIFT_PROFILE=local NIGHTSHIFT_BUDGET_S=100 NIGHTSHIFT_SEED=1 python train.py`): on one NVIDIA
+H200, torch 2.11.0+cu130, 503 MB of Python source and books, vocabulary 8192: 100 s reach 1.1379 and 1.1338 validation
+bits per byte (seeds 1 and 2), 0.83 epochs, 837 and 841 steps, 38% of the bfloat16 peak.
+
 A constant marked `# knob: log 0.01 0.16` (or lin, int, choice) is one that the knobs proposer may turn within that
 range; `# knob[cpu]:` and `# knob[cuda]:` are turned only where that device trains.
 """
