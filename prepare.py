@@ -38,7 +38,7 @@ def main() -> int:
     import argparse
     import sys
 
-    from nightshift import config, data, devices
+    from nightshift import config, devices, preparing
     from nightshift.values import Stop
 
     parser = argparse.ArgumentParser(prog="prepare.py", description="prepare the data of a profile")
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--source", help="python, local:DIR, climbmix or fineweb10B, instead of the profile's own")
     args = parser.parse_args()
     try:
-        dataset = data.prepare(config.load(profile=args.profile or devices.default_profile(), source=args.source))
+        dataset = preparing.prepare(config.load(profile=args.profile or devices.default_profile(), source=args.source))
     except Stop as stop:
         print(stop, file=sys.stderr)
         return stop.code

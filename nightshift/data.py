@@ -94,16 +94,6 @@ def settings(config: Config) -> dict[str, Any]:
     return kept
 
 
-def prepare(config: Config, quiet: bool = False) -> Dataset:
-    """Makes the data set of `config`, or finds it whole; interrupted and repeated, it ends the same to the byte.
-
-    One process prepares at a time, a second one waits. Stop where the source cannot be had or read.
-    """
-    from nightshift import preparing
-
-    return preparing.prepare(config, quiet)
-
-
 def open_dataset(config: Config) -> Dataset:
     """The prepared data set of `config`. Stop, with the command that prepares it, where it is missing or not whole."""
     root, mend = folder(config), command(config)

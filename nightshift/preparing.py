@@ -34,8 +34,12 @@ LINE_S = 30.0  # without a terminal, a line of progress so often
 SPLITS = ("val", "test")
 
 
-def prepare(config: Config, quiet: bool) -> data.Dataset:
-    """See data.prepare. A data set that is there is checked to the byte, and made anew where it does not hold."""
+def prepare(config: Config, quiet: bool = False) -> data.Dataset:
+    """Makes the data set of `config`, or finds it whole; interrupted and repeated, it ends the same to the byte.
+
+    One that is there is checked to the byte, and made anew where it does not hold. One process prepares at a time, a
+    second one waits. Stop where the source cannot be had or read.
+    """
     root = data.folder(config)
     if (dataset := _prepared(config, quiet=True)) is not None:
         return dataset

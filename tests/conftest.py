@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from preparations import story
 
-from nightshift import config, data, devices, sandbox
+from nightshift import config, data, devices, preparing, sandbox
 from nightshift.config import Config
 from nightshift.runner import Bench
 from nightshift.scorer import Scorer
@@ -32,7 +32,7 @@ def tiny(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     made = config.load(profile="demo", **flags, budget_s=1.0, startup_s=STARTUP_S)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NIGHTSHIFT_DATA", str(data_home))
-        data.prepare(made, quiet=True)
+        preparing.prepare(made, quiet=True)
     return made
 
 

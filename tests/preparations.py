@@ -18,10 +18,10 @@ from nightshift import config, data, tokenizer
 
 PREPARE = """
 import json, sys
-from nightshift import config, data
+from nightshift import config, data, preparing
 from nightshift.values import Stop
 try:
-    print(data.prepare(config.load(**json.loads(sys.argv[1]))).digest)
+    print(preparing.prepare(config.load(**json.loads(sys.argv[1]))).digest)
 except Stop as stop:
     print(stop, file=sys.stderr)
     sys.exit(stop.code)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nightshift import config, data, tokenizer
+from nightshift import config, data, preparing, tokenizer
 from nightshift.config import Config
 from nightshift.packing import HeldOut, pack
 from nightshift.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     (tmp_path / "corpus" / "a.jsonl").write_text("\n".join(json.dumps({"text": text * 3}) for text in TEXT))
     source = f"local:{tmp_path / 'corpus'}"
     made = config.load(profile="demo", source=source, vocab_size=300, seq_len=32, val_tokens=320)
-    data.prepare(made, quiet=True)
+    preparing.prepare(made, quiet=True)
     return made
 
 
@@ -187,7 +187,7 @@ def test_no_data_is_one_line_with_the_command(profile: str, tmp_path: Path, monk
 def test_data_set_opens_whole(small: Config) -> None:
     dataset = data.open_dataset(small)
     data.verify_digests(dataset)
-    assert dataset == data.prepare(small, quiet=True)
+    assert dataset == preparing.prepare(small, quiet=True)
     folder = Path(small.source.removeprefix("local:"))
     indirect = f"local:{folder.parent / 'elsewhere' / '..' / folder.name}"
     spelled = config.load(profile="demo", source=indirect, vocab_size=300, seq_len=32, val_tokens=320)
@@ -216,7 +216,7 @@ def test_every_changed_byte_is_caught_and_mended(small: Config) -> None:
         path.unlink()
         with pytest.raises(Stop, match=name):
             data.verify_digests(dataset)
-        assert data.prepare(small, quiet=True) == dataset
+        assert preparing.prepare(small, quiet=True) == dataset
         assert path.read_bytes() == content
 
 
@@ -224,7 +224,7 @@ def test_other_settings_are_refused_then_prepared(small: Config) -> None:
     more = config.load(profile="demo", source=small.source, vocab_size=300, seq_len=32, val_tokens=160)
     with pytest.raises(Stop, match="prepared with val_tokens 320, and 160 is wanted"):
         data.open_dataset(more)
-    assert len(data.prepare(more, quiet=True).rows("val")) == 5
+    assert len(preparing.prepare(more, quiet=True).rows("val")) == 5
     (data.folder(more) / "manifest.json").write_text("{")
     with pytest.raises(Stop, match="manifest.json: not readable"):
         data.open_dataset(more)
@@ -234,7 +234,7 @@ def test_unwritable_home_is_one_line(tmp_path: Path, small: Config, monkeypatch:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NIGHTSHIFT_DATA", str(tmp_path / "file"))
     with pytest.raises(Stop, match="NIGHTSHIFT_DATA to another folder") as stop:
-        data.prepare(small, quiet=True)
+        preparing.prepare(small, quiet=True)
     assert "\n" not in str(stop.value)
 
 
@@ -242,7 +242,7 @@ def test_texts_too_short_for_a_row_stop(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("NIGHTSHIFT_DATA", str(tmp_path / "home"))
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     with pytest.raises(Stop, match="too few to hold out"):
-        data.prepare(config.load(profile="demo", source=f"local:{tmp_path}"), quiet=True)
+        preparing.prepare(config.load(profile="demo", source=f"local:{tmp_path}"), quiet=True)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXT[:5]))
     with pytest.raises(Stop, match="does not fill one row of 256 tokens"):
-        data.prepare(config.load(profile="demo", source=f"local:{tmp_path}"), quiet=True)
+        preparing.prepare(config.load(profile="demo", source=f"local:{tmp_path}"), quiet=True)

@@ -18,7 +18,7 @@ import pytest
 from hub import Hub, serving
 from preparations import SMALL, opened, parquet, prepare, start, story, train_text
 
-from nightshift import config, data, tokenizer
+from nightshift import config, data, preparing, tokenizer
 from nightshift.values import Stop
 
 CLIMBMIX = SMALL | {"profile": "single", "source": "climbmix", "train_tokens": 60_000_000}
@@ -195,5 +195,5 @@ def test_fineweb_wants_its_own_vocabulary(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("NIGHTSHIFT_DATA", str(tmp_path))
     for flags in ({"profile": "demo", "source": "fineweb10B"}, {"profile": "speedrun", "seq_len": 1000}):
         with pytest.raises(Stop, match="--profile speedrun") as stop:
-            data.prepare(config.load(**flags), quiet=True)
+            preparing.prepare(config.load(**flags), quiet=True)
         assert stop.value.code == 2

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from preparations import SMALL, opened, parquet, prepare, start, story, train_text, tree
 
-from nightshift import config, data, sources
+from nightshift import config, data, preparing, sources
 from nightshift.values import Stop
 
 
@@ -92,7 +92,7 @@ def test_one_long_text_alone_is_split(tmp_path: Path, monkeypatch: pytest.Monkey
     folder.mkdir()
     (folder / "shakespeare.txt").write_text("".join(story(n) for n in range(1000)))
     monkeypatch.setenv("NIGHTSHIFT_DATA", str(tmp_path / "home"))
-    dataset = data.prepare(config.load(**SMALL, source=f"local:{folder}", train_tokens=30_000), quiet=True)
+    dataset = preparing.prepare(config.load(**SMALL, source=f"local:{folder}", train_tokens=30_000), quiet=True)
     assert len(dataset.rows("val")) >= 1 and len(dataset.rows("test")) >= 1
     assert 30_000 <= dataset.manifest["counts"]["train"]["tokens"] < 60_000
 
@@ -103,7 +103,7 @@ def test_a_million_spaces_are_only_text(tmp_path: Path, monkeypatch: pytest.Monk
     odd = "start" + " " * 2_000_000 + "end <|bos|>"
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in [odd, *map(story, range(100))]))
     monkeypatch.setenv("NIGHTSHIFT_DATA", str(tmp_path / "home"))
-    dataset = data.prepare(config.load(**SMALL, source=f"local:{folder}"), quiet=True)
+    dataset = preparing.prepare(config.load(**SMALL, source=f"local:{folder}"), quiet=True)
     texts = train_text(dataset)
     assert odd in texts or len(texts) < 95
 
@@ -121,7 +121,7 @@ def test_a_bad_local_file_is_named(name: str, corpus: Path, tmp_path: Path, monk
     (corpus / "deep" / name).write_bytes(content)
     monkeypatch.setenv("NIGHTSHIFT_DATA", str(tmp_path / "home"))
     with pytest.raises(Stop, match=f"{name}.*python prepare.py --profile demo --source 'local:|{name}") as stop:
-        data.prepare(config.load(**SMALL, source=f"local:{corpus}"), quiet=True)
+        preparing.prepare(config.load(**SMALL, source=f"local:{corpus}"), quiet=True)
     assert expected in str(stop.value) and "\n" not in str(stop.value) and str(corpus) in str(stop.value)
 
 
@@ -129,21 +129,21 @@ def test_parquet_without_text_is_named(corpus: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("NIGHTSHIFT_DATA", str(tmp_path / "home"))
     pq.write_table(pa.table({"content": ["x"]}), corpus / "z.parquet")
     with pytest.raises(Stop, match=r"z\.parquet: no column text, but content"):
-        data.prepare(config.load(**SMALL, source=f"local:{corpus}"), quiet=True)
+        preparing.prepare(config.load(**SMALL, source=f"local:{corpus}"), quiet=True)
     pq.write_table(pa.table({"text": [1]}), corpus / "z.parquet")
     with pytest.raises(Stop, match=r"z\.parquet: the column text holds int64"):
-        data.prepare(config.load(**SMALL, source=f"local:{corpus}"), quiet=True)
+        preparing.prepare(config.load(**SMALL, source=f"local:{corpus}"), quiet=True)
 
 
 def test_a_folder_without_documents_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIGHTSHIFT_DATA", str(tmp_path / "home"))
     with pytest.raises(Stop, match="empty: holds no documents"):
         (tmp_path / "empty").mkdir()
-        data.prepare(config.load(**SMALL, source=f"local:{tmp_path / 'empty'}"), quiet=True)
+        preparing.prepare(config.load(**SMALL, source=f"local:{tmp_path / 'empty'}"), quiet=True)
     with pytest.raises(Stop, match="gone: no such folder"):
-        data.prepare(config.load(**SMALL, source=f"local:{tmp_path / 'gone'}"), quiet=True)
+        preparing.prepare(config.load(**SMALL, source=f"local:{tmp_path / 'gone'}"), quiet=True)
     with pytest.raises(Stop, match="did you mean climbmix"):
-        data.prepare(config.load(**SMALL, source="climbmx"), quiet=True)
+        preparing.prepare(config.load(**SMALL, source="climbmx"), quiet=True)
 
 
 # ---- interrupted, repeated, at the same time
