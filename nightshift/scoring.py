@@ -26,9 +26,10 @@ import torch
 
 from nightshift import data
 from nightshift.config import Config
-from nightshift.modelserver import FAILED, GO, OK, STATUS, WRONG_SHAPE
+from nightshift.modelserver import GO, OK, STATUS, WRONG_SHAPE
 from nightshift.values import Reject
 
+DIED = "the model server died importing train.py, in load() or in forward()"
 LOGITS_BYTES = {"cuda": 4 << 30, "cpu": 128 << 20}
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}
 
@@ -153,14 +154,14 @@ class Scoring:
         except ConnectionError:
             reply = b""
         if len(reply) != STATUS.size:
-            raise Reject("crash", "the model server died")
+            raise Reject("crash", DIED)
         code, *what = STATUS.unpack(reply)
         if code == WRONG_SHAPE:
             shape = [d for d in what if d >= 0]
             expected = list(self.buffers.logits.shape) if self.buffers else []
             raise Reject("invalid", f"the logits have shape {shape}, expected up to {expected}")
         if code != OK:
-            raise Reject("crash", "load() or forward() failed" if code == FAILED else f"the model server said {code}")
+            raise Reject("crash", f"the model server said {code}")
         return what[0], what[1], what[2]
 
 
@@ -216,7 +217,7 @@ def main() -> None:
         except Reject as reason:
             reply = {"status": reason.status, "reason": str(reason)}
         except (ConnectionError, TimeoutError):
-            reply = {"status": "crash", "reason": "the model server died"}
+            reply = {"status": "crash", "reason": DIED}
         loop.send(json.dumps(reply).encode())
 
 

@@ -23,7 +23,7 @@ import torch
 from runs import BIGRAM, alive, candidate
 from safetensors.torch import save_file
 
-from nightshift.modelserver import FAILED, OK, STATUS
+from nightshift.modelserver import OK, STATUS
 from nightshift.runner import Bench
 from nightshift.scorer import Scorer
 from nightshift.scoring import Scoring
@@ -213,7 +213,6 @@ def buffers(peer: socket.socket, row_len: int = 32) -> tuple[np.ndarray, np.ndar
         (b"", "crash", "the model server died"),
         (b"x", "crash", "the model server died"),
         (bytes(4096), "crash", "the model server died"),
-        (STATUS.pack(FAILED, 0, 0, 0), "crash", "load() or forward() failed"),
         (STATUS.pack(-7, 0, 0, 0), "crash", "the model server said -7"),
         (STATUS.pack(OK, 0, 0, 0), "invalid", "asked for rows of 0 tokens"),
         (STATUS.pack(OK, -32, 0, 0), "invalid", "asked for rows of -32 tokens"),
