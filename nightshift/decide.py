@@ -15,7 +15,7 @@ from statistics import NormalDist, fmean
 from typing import Any, Literal
 
 from nightshift.ledger import Row, State
-from nightshift.values import Belief, Decision, Kind, Reject, Run, Score, Task
+from nightshift.values import Belief, Decision, Kind, Reject, Run, Score, Stop, Task
 
 RULES = 1  # the version of all that follows; a night's journal names the one it was decided by
 PRIOR_DF = 4  # how many degrees of freedom the profile's σ₀ is worth
@@ -171,6 +171,11 @@ def price_of_loss(state: State, baselines: Sequence[Draw]) -> float | None:
     if state.rules["objective"] != "time_to_target" or len(baselines) < 3 or len({d.length for d in baselines}) < 2:
         return None
     log_t = [math.log(d.train_s) for d in baselines]
+    if max(log_t) - min(log_t) < (math.log(max(LENGTHS) / min(LENGTHS))) / 2:
+        raise Stop(
+            "time_to_target: runs of other lengths took as long, so seconds cannot be weighed against loss. train.py "
+            "must end by itself, by prepare.open_run(total_steps=...): set TOTAL_BATCHES, commit, begin a new night"
+        )
     mean_t, mean_loss = fmean(log_t), fmean(d.loss for d in baselines)
     covariance = sum((t - mean_t) * (d.loss - mean_loss) for t, d in zip(log_t, baselines, strict=True))
     elasticity = -covariance / sum((t - mean_t) ** 2 for t in log_t)

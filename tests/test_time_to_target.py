@@ -11,7 +11,8 @@ import pytest
 from simulated import Sheet, begin, believed, demo, judged, play, split
 
 from nightshift import decide, opening
-from nightshift.values import Score
+from nightshift.ledger import State
+from nightshift.values import Score, Stop
 
 TARGET = 3.28
 EPSILON = 0.15  # −dL/d ln t, nats
@@ -176,3 +177,10 @@ def test_the_gate_lets_one_in_a_hundred_through_that_is_just_at_the_target() -> 
     dice = random.Random(5)
     passed = sum(decide.reaches([dice.gauss(TARGET, 0.0013) for _ in range(8)], TARGET) for _ in range(4000))
     assert abs(passed - 40) < 4 * math.sqrt(40)
+
+
+def test_a_train_py_that_ignores_its_length_stops_the_night() -> None:
+    state = State(night={"config": {"objective": "time_to_target", "target_loss": 3.28}})
+    draws = [decide.Draw(length, 300.0 + length / 100, 3.3, 1.0) for length in decide.LENGTHS[:3]]
+    with pytest.raises(Stop, match="TOTAL_BATCHES"):
+        decide.price_of_loss(state, draws)
