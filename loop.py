@@ -1,8 +1,9 @@
-"""The night: its main loop, and the command line. `python loop.py --help` lists what it takes."""
+"""The night: its main loop, and the command line. `python loop.py run --help` lists what a night takes."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ def research(night: Night) -> str:
         run = score = None
         try:
             proposal = night.propose(task)
-            if proposal is None:
+            if proposal is None:  # journaled, so that what comes next is no candidate
                 continue
             candidate = night.commit(task, proposal)
             with night.scorer.serve(candidate.folder / "train.py", candidate.folder) as server:
@@ -58,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
             raise Stop("setpriv is not to be found, and without it no run ends for sure: install util-linux")
         view.say(f"night {tag}, profile {profile} ({why})")
         view.say(f"device {lease.name}; sandbox {tier}" + (f" ({tier.missing})" if tier.missing else ""))
+        book, branch, halt = Ledger(Journal(folder / "journal.jsonl")), Branch(ROOT, tag), threading.Event()
+        proposer = proposers.make(config, lease.kind, Purse(book, config.max_usd), view.say, halt)
         dataset = prepared(config, profile)
         runner.fault_in([*dataset.shards, *dataset.doc_starts])
         bench = runner.Bench(config, dataset, lease, tier, ROOT / ".nightshift" / "cache")
-        book, branch, halt = Ledger(Journal(folder / "journal.jsonl")), Branch(ROOT, tag), threading.Event()
-        proposer = proposers.make(config, lease.kind, Purse(book, config.max_usd), view.say, halt)
         view.say(f"proposer {proposer.name}; {len(book.state.rows)} runs so far; limits: {limits_in_words(config)}")
         if args.dry_run:
             view.say("a dry run: nothing was begun")
@@ -151,7 +152,21 @@ def finish(night: Night, code: int, cause: str) -> None:
     night.view.close()
     night.view.say(f"{cause}\n{len(state.rows)} runs, {len(state.keeps)} keeps, ${state.usd:.2f} spent: {verdict}")
     again = f"python loop.py run --tag {state.night['tag']}"
-    night.view.say(f"next: {'python loop.py report' if state.over else again}")
+    night.view.say(f"HEAD is on {night.branch.name}; next: {'python loop.py report' if state.over else again}")
+
+
+def whole(text: str) -> int:
+    """A flag's number, 1 or more."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A flag's number above 0, and finite."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -159,15 +174,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = ("run", "status", "report", "verify", "doctor")
     if not argv or argv[0] not in (*commands, "-h", "--help"):
         argv = ["run", *argv]
-    parser = argparse.ArgumentParser(prog="loop.py", description="an overnight research loop for pretraining")
+    parser = argparse.ArgumentParser(prog="loop.py", description="an overnight research loop for pretraining",
+                                     epilog="what a night takes: python loop.py run --help")
     sub = parser.add_subparsers(dest="command", required=True)
     night = sub.add_parser("run", help="run a night, or go on with one (the default)")
     night.add_argument("--profile", help="of config.yaml; without it, the one that fits this machine")
     night.add_argument("--proposer", help="auto, anthropic, knobs or replay:DIR")
     night.add_argument("--tag", help="the night's name; without it the newest unfinished night, else today's date")
-    night.add_argument("--max-experiments", type=int, help="candidates in the whole night")
-    night.add_argument("--max-hours", type=float, help="from now on")
-    night.add_argument("--max-usd", type=float, help="for the whole night's proposals")
+    night.add_argument("--max-experiments", type=whole, help="candidates in the whole night")
+    night.add_argument("--max-hours", type=positive, help="from now on")
+    night.add_argument("--max-usd", type=positive, help="for the whole night's proposals")
     night.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
     sub.add_parser("status", help="the night that runs, or the last one")
     sub.add_parser("report", help="report.html and progress.png")

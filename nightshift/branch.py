@@ -252,6 +252,9 @@ class Branch:
     # Refusing
 
     def _switch(self) -> None:
+        """To the night's branch. results.tsv comes back from the journals, so it is not to stand in the way."""
+        if self.repo.resolve("HEAD:./results.tsv"):
+            self.repo.git("checkout", "--quiet", "HEAD", "--", "results.tsv")
         self.repo.git("switch", "--quiet", "--no-guess", "--no-overwrite-ignore", self.name)
 
     def _half_advanced(self, state: State, commit: str) -> bool:

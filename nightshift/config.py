@@ -90,7 +90,9 @@ def load(path: Path | None = None, profile: str | None = None, **flags: Any) -> 
     for title, entry in reversed(_chain(document["profiles"], profile, path)):
         _check(entry, f"{path}: profile {title!r}")
         merged |= entry
-    merged |= {k: v for k, v in flags.items() if v is not None}
+    given = {k: v for k, v in flags.items() if v is not None}
+    _check(given, "flags")
+    merged |= given
     missing = [f.name for f in fields(Config) if f.name not in merged and f.name != "profile"]
     if missing:
         raise Stop(f"{path}: no value for {', '.join(missing)}: add it under defaults", 2)

@@ -92,8 +92,6 @@ def _failed_claims(state: State) -> int:
 def _search_over(state: State, now: float) -> str:
     """Why no further candidate is to be tried, or nothing."""
     limits = state.leg["limits"]
-    if state.of("claim"):
-        return "its search was over"
     tried = len(state.of("candidate"))
     if limits["max_experiments"] is not None and tried >= limits["max_experiments"]:
         return f"--max-experiments {limits['max_experiments']} are done"
@@ -102,7 +100,7 @@ def _search_over(state: State, now: float) -> str:
         reserve = (1 + (2 * state.night["claim_n"] if state.keeps else 0)) * typical
         if now + reserve > state.leg["at"] + 3600 * limits["max_hours"]:
             return f"--max-hours {limits['max_hours']:g} are used"
-    return state.exhausted
+    return state.exhausted or ("its search was over" if state.of("claim") else "")
 
 
 def claim_runs(max_experiments: int | None, max_hours: float | None, run_s: float, fixed: int | None) -> int:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from nightshift.values import Belief, Kind, Past, Score, SplitScore, Status, Sto
 FIELDS = ["commit", "val_bpb", "memory_gb", "status", "description"]  # the field's own
 OURS = ["night", "number", "kind", "parent", "seed", "delta", "p_better", "val_loss", "steps", "tokens_M", "train_s"]
 COLUMNS = [*FIELDS, *OURS, "total_s", "usd", "proposer", "profile", "device"]
+OBEYED = ("Cc", "Cf", "Cs")  # Unicode categories: control, format (bidirectional overrides among them), surrogate
 RAN = ("keep", "discard")  # statuses of runs that have a score
 
 
@@ -311,9 +313,15 @@ def description(row: Row) -> str:
     text = row.title
     if row.taken_back_by:
         text += f" (taken back by sentinel {row.taken_back_by})"
-    elif row.reason and (row.status not in RAN or not row.counts):
+    elif row.reason and row.reason != row.title and (row.status not in RAN or not row.counts):
         text += f" ({row.reason.splitlines()[0][:160]})"
-    return " ".join(text.split())
+    return clean(text)
+
+
+def clean(text: str) -> str:
+    """`text` as one line that a terminal can only show: white space as single spaces, nothing that is obeyed."""
+    kept = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in OBEYED)
+    return " ".join("".join(kept).split())
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -25,6 +25,9 @@ from nightshift.scorer import Scorer
 from nightshift.values import Candidate, Decision, Proposal, Reject, Run, Score, Stop, Task
 from nightshift.view import View
 
+LOGS = {"train.py", "run.log", "server.log"}
+RESULTS = {"weights.safetensors", "nats-val.npy"}
+LOG_BYTES = 1 << 20
 STARTED = ("number", "kind", "attempt", "seed", "parent", "arm", "length")  # of a Task, what the journal keeps
 
 
@@ -122,7 +125,7 @@ class Night:
         """Asks the proposer, and journals its answer at once: it may have been paid for. False: nothing more."""
         state = self.state
         parent = state.incumbent
-        program = (self.root / "program.md").read_text(errors="replace")
+        program = self._program()
         train_py = self.branch.read_blob(parent.blob).decode()
         told = brief.build(
             self.bench.config,
@@ -140,6 +143,7 @@ class Night:
         fields = {"id": number, "parent_blob": parent.blob}
         try:
             proposal = self.proposer.propose(told)
+            blob = self.branch.write_blob(proposal.train_py) if proposal else ""
         except Reject as reason:
             title = str(reason).splitlines()[0]
             empty = Proposal(title, "", train_py, self.proposer.name)
@@ -151,9 +155,16 @@ class Night:
         faults = "; ".join(lint.check(proposal.train_py))
         if proposal.train_py == train_py:
             faults = "it changes nothing"
-        blob = self.branch.write_blob(proposal.train_py)
         self.book.write("propose", **fields, **self._fields(proposal), blob=blob, rejected=faults)
         return True
+
+    def _program(self) -> str:
+        """program.md as it stands now. A person may be saving it at this very moment: a night does not end for that."""
+        try:
+            return (self.root / "program.md").read_text(errors="replace")
+        except OSError as error:
+            self.view.say(f"program.md: {error.strerror}; this proposal is drawn up without it")
+            return ""
 
     @staticmethod
     def _fields(proposal: Proposal) -> dict[str, Any]:
@@ -204,7 +215,7 @@ class Night:
         if drafted.rejected:
             raise Reject("invalid", drafted.rejected)
         folder = self.folder / "runs" / f"{task.number:03d}"
-        shutil.rmtree(folder, ignore_errors=True)
+        _wipe(folder)
         folder.mkdir(parents=True)
         (folder / "train.py").write_bytes(self.branch.read_blob(drafted.blob))
         net_added = self.branch.net_added(parent.blob, drafted.blob) if drafted.blob != parent.blob else 0
@@ -218,6 +229,8 @@ class Night:
         """Journals what became of the run in flight, and what the branch will do about it."""
         row = self.state.running
         assert row is not None
+        keeps = row.kind == "candidate" and decision.status == "keep"
+        self._tidy(row, keeps)  # first: it may have filled the disk that the journal needs
         moves_to = self._moves_to(row, decision)
         measured: dict[str, Any] = {"scores": {}}
         if score is not None:
@@ -227,12 +240,10 @@ class Night:
             measured |= {name: getattr(run, name) for name in names} | {"memory_mb": run.peak_memory_mb}
         outcome = asdict(decision)
         outcome["repeat_length"] = outcome.pop("length")
-        keeps = row.kind == "candidate" and decision.status == "keep"
         commit = moves_to if keeps else row.commit
         total_s = time.monotonic() - self._started
         moved = {"commit": commit, "moves_to": moves_to, "total_s": round(total_s, 3)}
         self.book.write("decide", number=row.number, **outcome, **measured, **moved)
-        self._tidy(self.state.rows[-1], keeps)
         self.write_results()
         self.view.ended(self.state)
 
@@ -266,17 +277,39 @@ class Night:
         ledger.write_atomically(self.root / "results.tsv", ledger.results_tsv(ledger.nights(self.root)))
 
     def _tidy(self, row: Row, keeps: bool) -> None:
-        """Weights are kept of the newest keep alone."""
-        folders = self.folder / "runs"
-        stale = folders.glob("*/weights.*") if keeps else (folders / f"{row.number:03d}").glob("weights.*")
-        for path in stale:
-            if not (keeps and path.parent.name == f"{row.number:03d}"):
-                path.unlink()
+        """Of a run's folder its train.py and logs stay, and of the newest keep weights and nats; the rest goes."""
+        folder = self.folder / "runs" / f"{row.number:03d}"
+        if not folder.is_dir():
+            return
+        if keeps:
+            for path in [*folder.parent.glob("*/weights.safetensors"), *folder.parent.glob("*/nats-*.npy")]:
+                if path.parent != folder:
+                    path.unlink()
+        folder.chmod(0o700)
+        stay = LOGS | (RESULTS if keeps else set())
+        for path in folder.iterdir():
+            if path.name not in stay or path.is_symlink() or path.is_dir():
+                _wipe(path)
+            elif path.name in LOGS and path.stat().st_size > LOG_BYTES:
+                path.write_bytes(path.read_bytes()[-LOG_BYTES:])
 
     def close(self) -> None:
         """Lets the proposer's thread go; what it was paid for is in the journal."""
         self.halt.set()
         self._drafter.shutdown(wait=True, cancel_futures=True)
+
+
+def _wipe(path: Path) -> None:
+    """Removes a file or a folder that a run, gone now, has made, whatever rights to it the run has left."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    path.chmod(0o700)
+    for here, below, _ in os.walk(path):
+        for folder in (Path(here, name) for name in below):
+            if not folder.is_symlink():
+                folder.chmod(0o700)
+    shutil.rmtree(path)
 
 
 def _message(title: str, body: str, facts: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from nightshift.runner import Bench
 from nightshift.values import Stop
 
 SAME = ("device", "data_digest", "torch", "profile")  # what scores must share to be compared
+OURS = ("cache", "bytecode", "by-hand")  # folders in .nightshift/ that runs may write or read
 TAG = re.compile(r"\w[\w.-]*")
 OVERHEAD_S = 15.0  # a guess at what a run costs beyond its budget, for planning the claim before anything has run
 
@@ -33,7 +34,8 @@ def choose_tag(root: Path, wanted: str | None) -> str:
     if wanted is None:
         unfinished = [tag for tag in states if tag in here and not states[tag].closed]
         return unfinished[-1] if unfinished else _new_tag(set(states))
-    if not TAG.fullmatch(wanted) or ".." in wanted or wanted.endswith((".", ".lock")):  # git's rules for a branch
+    git_refuses = not TAG.fullmatch(wanted) or ".." in wanted or wanted.endswith((".", ".lock")) or len(wanted) > 60
+    if git_refuses or wanted in OURS:
         raise Stop(f"--tag {wanted!r}: a tag is made of letters, digits, '-', '_' and '.', as in --tag nov20", 2)
     if wanted in states and (wanted not in here or states[wanted].closed):
         why = "is over" if states[wanted].closed else "was begun in another checkout, where alone it can go on"
@@ -120,7 +122,8 @@ def _same_conditions(state: State, bench: Bench) -> None:
         tag = state.night["tag"]
         raise Stop(
             f"night {tag} cannot go on: {'; '.join(changed)}. Its scores would not compare. "
-            f"Bring that back (--profile {then['profile']}), or begin another night: python loop.py run --tag NAME"
+            f"Bring that back (in config.yaml, or by --profile {then['profile']}), "
+            "or begin another night: python loop.py run --tag NAME"
         )
 
 

@@ -7,7 +7,6 @@ the characters that a terminal would obey.
 from __future__ import annotations
 
 import math
-import unicodedata
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -17,10 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nightshift import decide
-from nightshift.ledger import Row, State, description
+from nightshift.ledger import Row, State, clean, description
 
 LAST = 10  # results that are shown
-OBEYED = ("Cc", "Cf", "Cs")  # Unicode categories: control, format (bidirectional overrides among them), surrogate
 LABEL = 11  # columns of the margin
 FAILED = {"crash": "red", "timeout": "yellow", "invalid": "magenta"}
 PHASES = {"starting": "starting, off the clock", "saving": "saving and scoring"}
@@ -39,12 +37,6 @@ class Pulse:
     tokens_per_s: float
     elapsed_s: float  # in this phase
     at: float
-
-
-def clean(text: str) -> str:
-    """`text` as one line that a terminal can only show: white space as single spaces, nothing that is obeyed."""
-    kept = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in OBEYED)
-    return " ".join("".join(kept).split())
 
 
 def line(*parts: str | tuple[str, str]) -> Text:

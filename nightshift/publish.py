@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,11 +39,18 @@ def _record(row: Row, live: Path, branch: Branch) -> dict[str, str]:
     record = {"result.json": json.dumps(asdict(row), indent=1, ensure_ascii=False) + "\n"}
     log = tail(live / "runs" / f"{row.number:03d}" / "run.log", LOG_LINES)
     if log:
-        record["run.log"] = log + "\n"
+        record["run.log"] = "\n".join(map(printable, log.splitlines())) + "\n"
     if row.kind == "candidate":
-        record["proposal.md"] = f"# {row.title}\n\n{row.hypothesis}\n\nfamily: {row.family}\nproposer: {row.proposer}\n"
+        hypothesis = "\n".join(map(printable, row.hypothesis.splitlines()))
+        family = f"family: {ledger.clean(row.family)}\nproposer: {row.proposer}\n"
+        record["proposal.md"] = f"# {ledger.clean(row.title)}\n\n{hypothesis}\n\n{family}"
         record["change.diff"] = branch.diff(row.parent_blob, row.blob)
     return record
+
+
+def printable(line: str) -> str:
+    """A line without what a terminal would obey, its white space as it was."""
+    return "".join(c for c in line if c == "\t" or unicodedata.category(c) not in ledger.OBEYED)
 
 
 def summary_block(run: Run, score: Score, total_s: float, peak_flops: float) -> str:

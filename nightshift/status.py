@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nightshift import ledger, panels
-from nightshift.ledger import State
-from nightshift.panels import Pulse, clean, labelled
+from nightshift.ledger import State, clean
+from nightshift.panels import Pulse, labelled
 from nightshift.view import WIDEST, drawable
 
 PLAIN_WIDTH = 160  # columns, where nobody says how wide the paper is

@@ -21,8 +21,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from nightshift import panels
-from nightshift.ledger import State, description
-from nightshift.panels import Pulse, clean
+from nightshift.ledger import State, clean, description
+from nightshift.panels import Pulse
 from nightshift.values import Candidate
 
 if TYPE_CHECKING:

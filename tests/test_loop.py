@@ -197,6 +197,35 @@ def test_without_an_identity_nightshift_signs(checkout: Path, data_home: Path, t
     assert not list(home.glob(".gitconfig"))
 
 
+def test_neither_rubbish_in_its_folder_nor_a_missing_brief_ends_a_night(
+    tmp_path: Path, tiny: Config, data_home: Path
+) -> None:
+    root = checkouts.make(tmp_path / "checkout", tiny, max_experiments=2, baselines=1)
+    ideas = root / "ideas"
+    ideas.mkdir()
+    for number, rubbish in enumerate(("os.makedirs('weights.d'); os.chmod('weights.d', 0)", "os.chmod('.', 0)"), 1):
+        text = checkouts.TRAIN.replace("    run.finish(model)", f"    run.finish(model)\n    import os; {rubbish}", 1)
+        (ideas / f"{number:03d}-rubbish.py").write_text(text)
+    (root / "program.md").unlink()
+    git(root, "commit", "-qam", "no brief")
+    code, said = call(root, data_home, *RUN, "--proposer", "replay:ideas")
+    assert code == 0 and "program.md" in said, said
+    assert len(checkouts.state(root).rows) == 3
+    for folder in (root / ".nightshift" / TAG / "runs").iterdir():
+        assert {path.name for path in folder.iterdir()} <= {
+            "train.py", "run.log", "server.log", "weights.safetensors", "nats-val.npy"
+        }
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--max-experiments", "-3"), ("--max-hours", "nan"), ("--max-usd", "-1"), ("--tag", "cache"), ("--tag", "x" * 300)],
+)
+def test_a_flag_that_makes_no_sense(checkout: Path, data_home: Path, flags: tuple[str, str]) -> None:
+    assert flags[0] in refused(checkout, data_home, "run", "--profile", "tiny", *flags, code=2)
+    assert git(checkout, "branch", "--list", "autoresearch/*") == ""
+
+
 def test_a_dry_run_begins_nothing(checkout: Path, data_home: Path) -> None:
     code, said = call(checkout, data_home, *RUN, "--dry-run")
     assert code == 0 and "nothing was begun" in said, said

@@ -16,7 +16,7 @@ from simulated import begin, draft, night, play, scored
 from nightshift import ledger
 from nightshift.config import ROOT
 from nightshift.journal import Journal
-from nightshift.ledger import COLUMNS, results_tsv
+from nightshift.ledger import COLUMNS, clean, results_tsv
 from nightshift.night import Ledger
 from nightshift.values import Reject, Stop
 
@@ -70,7 +70,7 @@ def test_no_title_or_reason_breaks_a_line(title: str, reason: str) -> None:
     tsv = results_tsv([sheet.state])
     assert len(tsv.splitlines()) == tsv.count("\n") == 5  # splitlines cuts at everything that any tool cuts at
     row = rows_of(tsv)[3]
-    assert row["description"].startswith(" ".join((title or "change 1").split()))
+    assert row["description"].startswith(clean(title or "change 1"))
     assert row["proposer"] == "a b c"
 
 

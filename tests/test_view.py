@@ -22,8 +22,8 @@ from terminals import Terminal
 
 from nightshift import panels
 from nightshift.journal import Event, parse
-from nightshift.ledger import State, fold
-from nightshift.panels import Pulse, clean
+from nightshift.ledger import State, clean, fold
+from nightshift.panels import Pulse
 from nightshift.runner import Live
 from nightshift.values import Candidate, Task
 from nightshift.view import View

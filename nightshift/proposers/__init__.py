@@ -56,7 +56,7 @@ def make(
         from nightshift.proposers.knobs import Knobs
 
         return Knobs(device_kind, root)
-    if name.startswith("replay:"):
+    if name.startswith("replay:") and name != "replay:":
         from nightshift.proposers.replay import Replay
 
         return Replay(Path(name.removeprefix("replay:")))
