@@ -219,7 +219,13 @@ def test_neither_rubbish_in_its_folder_nor_a_missing_brief_ends_a_night(
 
 @pytest.mark.parametrize(
     "flags",
-    [("--max-experiments", "-3"), ("--max-hours", "nan"), ("--max-usd", "-1"), ("--tag", "cache"), ("--tag", "x" * 300)],
+    [
+        ("--max-experiments", "-3"),
+        ("--max-hours", "nan"),
+        ("--max-usd", "-1"),
+        ("--tag", "cache"),
+        ("--tag", "x" * 300),
+    ],
 )
 def test_a_flag_that_makes_no_sense(checkout: Path, data_home: Path, flags: tuple[str, str]) -> None:
     assert flags[0] in refused(checkout, data_home, "run", "--profile", "tiny", *flags, code=2)
