@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from types import FrameType
 
 from nightshift import config as configuration
 from nightshift import data, decide, devices, doctor, proposers, publish, report, runner, sandbox, status, verify
 from nightshift.branch import Branch
 from nightshift.config import Config
 from nightshift.journal import Journal
-from nightshift.night import Ledger, Night, Purse, folder_of, lock, make_home
+from nightshift.night import INTERRUPTED, Ledger, Night, Purse, folder_of, lock, make_home
 from nightshift.opening import as_before, choose_tag, take_up
 from nightshift.scorer import Scorer
 from nightshift.values import Reject, Score, Stop
@@ -35,7 +36,7 @@ def research(night: Night) -> str:
                 continue
             candidate = night.commit(task, proposal)
             with night.scorer.serve(candidate.folder / "train.py", candidate.folder) as server:
-                run = runner.train(candidate, night.bench, server, night.view.watch)
+                run = runner.train(candidate, night.bench, server, night.watch)
                 score = Score(server.score(run.weights, task.splits), run.train_s)
             decision = decide.judge(night.state, task, run, score, candidate.net_added)
         except Reject as reason:
@@ -192,13 +193,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C: raised, and noted too, since Python drops what is raised inside a finaliser."""
+    INTERRUPTED.set()
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str]) -> int:
     """Runs one command; returns its exit code: 0 done, 1 could not go on, 2 wrong usage, 130 interrupted."""
     args = parse(argv)
     commands = {"report": report.report, "verify": verify.verify, "doctor": doctor.doctor}
     try:
         if args.command == "run":
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+            signal.signal(signal.SIGINT, interrupt)
+            signal.signal(signal.SIGTERM, interrupt)  # a polite kill is a Ctrl-C
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go; the night stays
             return run(args)
         if args.command == "status":

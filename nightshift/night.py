@@ -20,11 +20,12 @@ from nightshift.branch import Branch
 from nightshift.journal import Journal
 from nightshift.ledger import Drafted, Row, State
 from nightshift.proposers import Proposer
-from nightshift.runner import Bench
+from nightshift.runner import Bench, Live
 from nightshift.scorer import Scorer
 from nightshift.values import Candidate, Decision, Proposal, Reject, Run, Score, Stop, Task
 from nightshift.view import View
 
+INTERRUPTED = threading.Event()  # set by the loop's signal handler
 LOGS = {"train.py", "run.log", "server.log"}
 RESULTS = {"weights.safetensors", "nats-val.npy"}
 LOG_BYTES = 1 << 20
@@ -95,10 +96,21 @@ class Night:
     def state(self) -> State:
         return self.book.state
 
+    def heed(self) -> None:
+        """Raises the KeyboardInterrupt that a finaliser, of GitPython's say, may have swallowed."""
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
+
+    def watch(self, live: Live) -> None:
+        """Shows how the run goes, and heeds an interrupt meanwhile."""
+        self.heed()
+        self.view.watch(live)
+
     # brief → proposal
 
     def propose(self, task: Task) -> Drafted | None:
         """What is to be run: a candidate's proposal, or None where there is none to be had; else train.py as it is."""
+        self.heed()
         self._started = time.monotonic()
         if task.kind != "candidate" or task.attempt > 1 or task.again:
             return self._unchanged(task)
