@@ -205,7 +205,7 @@ def main(argv: list[str]) -> int:
     commands = {"report": report.report, "verify": verify.verify, "doctor": doctor.doctor}
     try:
         if args.command == "run":
-            signal.signal(signal.SIGINT, interrupt)
+            signal.signal(signal.SIGINT, interrupt)  # set here: a background job inherits it ignored
             signal.signal(signal.SIGTERM, interrupt)  # a polite kill is a Ctrl-C
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go; the night stays
             return run(args)

@@ -97,7 +97,7 @@ class Night:
         return self.book.state
 
     def heed(self) -> None:
-        """Raises the KeyboardInterrupt that a finaliser, of GitPython's say, may have swallowed."""
+        """Raises the KeyboardInterrupt anew: Python drops one that is raised inside a finaliser."""
         if INTERRUPTED.is_set():
             raise KeyboardInterrupt
 
