@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 PAGE_TICKS = 1 << 20  # batches that the shared clock page has room for
 PAGE_BYTES = 8 * PAGE_TICKS
 PINNED_BUFFERS = 4
+LOG_LAG = 2  # steps
 
 
 class Line(Protocol):
@@ -61,6 +63,7 @@ class OpenRun:
         self._doc_starts: list[np.ndarray] = []
         self._ticks, self._steps, self._tokens, self._progress = 0, 0, 0, 0.0
         self._own_batcher = True
+        self._losses: deque[tuple[int, int, torch.Tensor, torch.cuda.Event]] = deque()
         self._sources: dict[int, tuple[Rows, Iterator[int]]] = {}  # by seq_len
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -152,10 +155,31 @@ class OpenRun:
             self._tick()
         return self._progress
 
-    def log(self, step: int, loss: float, tokens: int | None = None) -> None:
-        """For the live view and the stop on NaN; never for the score. `tokens` is the total so far, over all ranks."""
+    def log(self, step: int, loss: float | torch.Tensor, tokens: int | None = None) -> None:
+        """For the live view and the stop on NaN; never for the score. `tokens` is the total so far, over all ranks.
+
+        A loss on a GPU is read LOG_LAG steps later, so that nobody waits for it. Waiting for that older one keeps the
+        queue of the GPU short: what is trained keeps up with the clock, on every rank.
+        """
+        tokens = self._tokens if tokens is None else tokens
+        if isinstance(loss, float) or not loss.is_cuda:
+            return self._tell(step, float(loss), tokens)
+        import torch
+
+        copied = torch.cuda.Event()
+        self._losses.append((step, tokens, loss.detach().to("cpu", non_blocking=True), copied))
+        copied.record()
+        if len(self._losses) > LOG_LAG:
+            self._tell_oldest()
+
+    def _tell_oldest(self) -> None:
+        step, tokens, loss, copied = self._losses.popleft()
+        copied.synchronize()
+        self._tell(step, loss.item(), tokens)
+
+    def _tell(self, step: int, loss: float, tokens: int) -> None:
         if self.rank == 0:
-            self._line.log(step, loss, self._tokens if tokens is None else tokens)
+            self._line.log(step, loss, tokens)
             self._steps = step + 1
 
     def finish(self, model: torch.nn.Module) -> None:
@@ -165,6 +189,8 @@ class OpenRun:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        while self._losses:
+            self._tell_oldest()
         if self.rank != 0:
             return
         num_params = sum(p.numel() for p in model.parameters())
