@@ -1,7 +1,7 @@
 """The face that train.py sees, and the data command that a person runs. Read-only for proposers.
 
-    run = prepare.open_run()                     in train.py: the contract is on nightshift.openrun.OpenRun
-    python prepare.py [--profile P] [--source python|local:DIR|climbmix|fineweb10B]
+run = prepare.open_run()                     in train.py: the contract is on nightshift.openrun.OpenRun
+python prepare.py [--profile P] [--source python|local:DIR|climbmix|fineweb10B]
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def open_run(total_steps: int | None = None) -> OpenRun:
     """Opens this process's training run: one of a night, or one by hand.
 
-    `total_steps` counts batches and makes progress() count them too, instead of seconds.
+    `total_steps` is where a time_to_target run ends, and makes its progress() count steps instead of seconds; a val_bpb
+    run ends with its budget, whatever is asked.
     """
     from pathlib import Path
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,9 +39,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import prepare
-
-if TYPE_CHECKING:
-    from nightshift.openrun import OpenRun
 
 # ---- Knobs: a GPU ---------------------------------------------------------------------------------------------------
 
@@ -59,6 +56,13 @@ GPU_ROPE_BASE = 200_000.0  # knob[cuda]: log 10000 1000000
 GPU_MATRIX_LR = 0.04  # knob[cuda]: log 0.01 0.16
 GPU_EMBEDDING_LR = 0.9  # knob[cuda]: log 0.2 3.0
 GPU_HEAD_LR = 0.008  # knob[cuda]: log 0.001 0.02
+
+# ---- Knobs: where the vocabulary is GPT-2's, as in the NanoGPT speedrun, these stand for those above -----------------
+
+SPEEDRUN_DEPTH = 12
+SPEEDRUN_HEADS = 6
+SPEEDRUN_BATCH_TOKENS = 2**18
+TOTAL_STEPS = 1300  # of a time_to_target run; a val_bpb run ends with its budget
 
 # ---- Knobs: the CPU demo, some 200 steps on one core ----------------------------------------------------------------
 
@@ -81,7 +85,6 @@ CPU_HEAD_LR = 0.012  # knob[cpu]: log 0.003 0.05
 
 NGRAMS = (2, 3)  # how many tokens, the present one included, the hashed embeddings speak of: a table each
 NGRAM_LR = 1.0  # knob: log 0.1 3.0
-NGRAM_BETA2 = 0.95
 GATE_CHANNELS = 32  # of the stream, that the gates of the value embeddings read
 SOFTCAP = 15.0  # knob: log 8 40
 INIT_SCALE = 0.68
@@ -99,11 +102,10 @@ VALUE_WEIGHT_DECAY = 0.003
 WARMDOWN = 0.75  # knob: lin 0.3 1.0
 FINAL_LR = 0.05  # knob: lin 0.0 0.2
 EPS = 1e-6  # of norms
-TOTAL_BATCHES: int | None = None  # where a time_to_target run stops; None: when the budget is used
 
 
 class Recipe(SimpleNamespace):
-    """The constants of one kind of device, in lower case: a GPU's `depth` is GPU_DEPTH. Its dtype is of activations."""
+    """The constants of one kind of run: `depth` is GPU_DEPTH, if `names` says so. Its dtype is that of activations."""
 
     @property
     def dim(self) -> int:
@@ -117,11 +119,11 @@ class Recipe(SimpleNamespace):
 
     def check(self, seq_len: int, ranks: int) -> None:
         """Raises ValueError, with the constant and the values that work, where no model can be trained."""
-        unit, on_gpu = seq_len * ranks, self.prefix == "GPU_"
+        unit, on_gpu = seq_len * ranks, self.dtype == torch.bfloat16
         rows, whole = self.batch_tokens // unit, max(1, self.batch_tokens // unit) * unit
         fit = [r for r in range(1, rows + 1) if rows % r == 0]
-        rules = [(getattr(self, size) > 0, size, "1 or more") for size in ("depth", "heads", "mlp_ratio", "ngram_rows")]
-        rules += [
+        rules = [
+            *((getattr(self, size) > 0, size, "1 or more") for size in ("depth", "heads", "mlp_ratio", "ngram_rows")),
             (self.head_dim in (32, 64, 128) or not on_gpu, "head_dim", "32, 64 or 128: what the kernels take"),
             (self.head_dim % 2 == 0, "head_dim", "an even number: rotary positions turn pairs"),
             (bool(self.windows) and set(self.windows) <= set("SL"), "windows", "a word of S and L, such as 'SSSL'"),
@@ -133,13 +135,14 @@ class Recipe(SimpleNamespace):
         ]  # fmt: skip
         for holds, name, works in rules:
             if not holds:
-                raise ValueError(f"{self.prefix}{name.upper()} is {getattr(self, name)!r}; it can be {works}")
+                raise ValueError(f"{self.names[name]} is {getattr(self, name)!r}; it can be {works}")
 
 
-def recipe_for(device: torch.device) -> Recipe:
-    prefix, dtype = ("GPU_", torch.bfloat16) if device.type == "cuda" else ("CPU_", torch.float32)
-    constants = {k.removeprefix(prefix).lower(): v for k, v in globals().items() if k.startswith(prefix)}
-    return Recipe(prefix=prefix, dtype=dtype, **constants)
+def recipe_for(device: torch.device, vocab_size: int) -> Recipe:
+    names, dtype = {}, torch.bfloat16 if device.type == "cuda" else torch.float32
+    for prefix in ("CPU_",) if device.type == "cpu" else ("GPU_", "SPEEDRUN_")[: 2 if vocab_size > 2**15 else 1]:
+        names |= {name.removeprefix(prefix).lower(): name for name in globals() if name.startswith(prefix)}
+    return Recipe(names=names, dtype=dtype, **{key: globals()[name] for key, name in names.items()})
 
 
 # ---- Kernels for a GPU. What each computes stands in plain torch where it is called: that is what a CPU runs --------
@@ -541,7 +544,7 @@ def load(weights: Path, device: torch.device | str) -> nn.Module:
     """The trained model, for scoring. Its vocabulary, padded, is read off the embedding; the rest is this file's."""
     state, device = load_file(weights, device=str(device)), torch.device(device)
     with device:
-        model = GPT(recipe_for(device), state["embed"].size(0))
+        model = GPT(recipe_for(device, len(state["embed"])), len(state["embed"]))
     model.load_state_dict(state)
     return model.eval()
 
@@ -598,7 +601,7 @@ def update_rows(table: Tensor, total: Tensor, moment: Tensor, count: Tensor, ids
     A row named twice is written twice, with one value: nothing need be sorted, nor waited for.
     """
     grad, seen, mean = total[ids], count[ids] + 1, moment[ids]
-    mean = mean + (grad.square().mean(1) - mean) * (1 / seen).clamp_min(1 - NGRAM_BETA2)
+    mean = mean + (grad.square().mean(1) - mean) * (1 / seen).clamp_min(1 - ADAM_BETAS[1])
     after = table[ids] - lr * grad * (mean + 1e-30).rsqrt().unsqueeze(1)
     table[ids], moment[ids], count[ids], total[ids] = after, mean, seen, torch.zeros_like(after)
 
@@ -684,9 +687,8 @@ class Optimizer:
     def step(self, progress: float) -> None:
         """Takes a step with the gradients that the parameters hold, summed over the ranks, and drops them."""
         scale, momentum, decay = schedule(progress)
-        for tensor, value in zip(
-            self.settings, (self.matrix_lr * scale, momentum, decay, NGRAM_LR * scale), strict=True
-        ):
+        values = self.matrix_lr * scale, momentum, decay, NGRAM_LR * scale
+        for tensor, value in zip(self.settings, values, strict=True):
             tensor.fill_(value)
         tables = [summed(p.grad) for p in self.tables]
         stacks = [summed(stack.filled([p.grad for p in stack.params])) for stack in self.stacks]
@@ -737,7 +739,7 @@ def schedule(progress: float) -> tuple[float, float, float]:
 class Trainer:
     """One rank's share of training: micro-batches in, now and then a step."""
 
-    def __init__(self, run: OpenRun, recipe: Recipe) -> None:
+    def __init__(self, run: prepare.OpenRun, recipe: Recipe) -> None:
         self.run, self.seq_len = run, min(recipe.seq_len, run.seq_len)
         recipe.check(self.seq_len, run.world_size)
         rows = recipe.batch_tokens // (self.seq_len * run.world_size)  # of a step, on this rank
@@ -745,7 +747,7 @@ class Trainer:
         with run.device:
             self.model = GPT(recipe, run.vocab_size)
         spans = sum(min(layer.window, self.seq_len) for layer in self.model.layers)
-        matrices = self.model.head.numel() + sum(p.numel() for p in self.model.layers.parameters())
+        matrices = sum(p.numel() for p in (self.model.head, *self.model.layers.parameters()))
         self.model.flops_per_token = 6.0 * matrices + 12 * recipe.dim * spans  # PaLM, arXiv 2204.02311, app. B
         self.optimizer = Optimizer(self.model)
         if run.device.type == "cuda":
@@ -769,12 +771,11 @@ class Trainer:
                 self.optimizer.step(0.0)
         self.model.load_state_dict(saved)
         self.optimizer.reset()
-        gc.collect()
         gc.disable()  # a collection would stall the queue of the GPU
 
     def train(self) -> None:
-        """Until the budget is used; micro-batches that no longer make a whole step are dropped."""
-        for count, (inputs, targets) in enumerate(self.run.batches(self.rows, self.seq_len), 1):
+        """Until the budget is used."""
+        for count, (inputs, targets) in enumerate(self.run.batches(self.rows, self.seq_len, self.accumulate), 1):
             loss = self.accumulate_gradients(inputs, targets)
             if count % self.accumulate == 0:
                 self.optimizer.step(self.run.progress())
@@ -782,11 +783,10 @@ class Trainer:
 
 
 def main() -> None:
-    run = prepare.open_run(total_steps=TOTAL_BATCHES)
+    run = prepare.open_run(total_steps=TOTAL_STEPS)
     if run.world_size > 1:
-        on_gpu = run.device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=run.device if on_gpu else None)
-    trainer = Trainer(run, recipe_for(run.device))
+        dist.init_process_group(device_id=run.device if run.device.type == "cuda" else None)
+    trainer = Trainer(run, recipe_for(run.device, run.vocab_size))
     trainer.warm_up()
     trainer.train()
     trainer.model.round_weights()

@@ -35,7 +35,8 @@ model from a safetensors file for scoring; the model's forward(tokens[B, T]) ret
 every position, causally. Importing train.py has no side effect. What main() saves, load() must be able to rebuild.
 - It reaches the outside through one object, run = prepare.open_run(total_steps=None): run.seed, run.device, run.rank, \
 run.world_size, run.vocab_size, run.seq_len, run.budget_s, run.objective; run.dummy_batch(rows, seq_len) gives random \
-tokens to compile and warm up on; run.batches(rows, seq_len) iterates over (inputs, targets), int64, rows per rank; \
+tokens to compile and warm up on; run.batches(rows, seq_len, per_step=1) iterates over (inputs, targets), int64, \
+rows per rank, of which a step takes per_step and is never cut short; \
 run.shards() gives the raw token memmaps; run.elapsed() and run.progress(), in [0, 1], tell how far the run is; \
 run.log(step, loss, tokens) once a step; run.finish(model) at the end, on every rank.
 - The first batch, or run.shards(), starts the clock. Before it compiling and warming up are free; after it every \
@@ -95,7 +96,7 @@ def parts(brief: Brief) -> list[str]:
 
 
 def _tonight(config: Config, device: str) -> str:
-    length = f"{config.budget_steps} batches" if config.budget_steps else f"{config.budget_s:g} s"
+    length = f"{config.budget_steps} steps" if config.budget_steps else f"{config.budget_s:g} s"
     if config.objective == "time_to_target":
         goal = (f"Every run trains until train.py itself stops, at most {length}, and is scored by its seconds, "
                 f"corrected to equal loss: only the mean loss over runs must reach {config.target_loss:g} nats per "

@@ -91,6 +91,8 @@ def settings(config: Config) -> dict[str, Any]:
     kept = {key: getattr(config, key) for key in SETTINGS}
     if config.source.startswith("local:"):
         kept["source"] = f"local:{local_folder(config.source)}"  # however the profile spells it
+    if config.objective == "time_to_target":
+        kept["rows"] = "consecutive"
     return kept
 
 

@@ -172,7 +172,7 @@ def price_of_loss(state: State, baselines: Sequence[Draw]) -> float | None:
     if max(log_t) - min(log_t) < (math.log(max(LENGTHS) / min(LENGTHS))) / 2:
         raise Stop(
             "time_to_target: runs of other lengths took as long, so seconds cannot be weighed against loss. train.py "
-            "must end by itself, by prepare.open_run(total_steps=...): set TOTAL_BATCHES, commit, begin a new night"
+            "must end by itself, by prepare.open_run(total_steps=...): set TOTAL_STEPS, commit, begin a new night"
         )
     mean_t, mean_loss = fmean(log_t), fmean(d.loss for d in baselines)
     covariance = sum((t - mean_t) * (d.loss - mean_loss) for t, d in zip(log_t, baselines, strict=True))

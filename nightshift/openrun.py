@@ -55,7 +55,8 @@ class OpenRun:
         self.device = torch.device("cpu") if s.device == "cpu" else torch.device("cuda", local_rank)
         self.vocab_size, self.bos_id, self.seq_len = s.vocab_size, s.bos_id, s.seq_len
         self.budget_s, self.objective, self.target_loss = s.budget_s, s.objective, s.target_loss
-        wanted = None if total_steps is None else max(1, round(total_steps * s.length))
+        wanted = total_steps if s.objective == "time_to_target" else None
+        wanted = None if wanted is None else max(1, round(wanted * s.length))
         self.total_steps = s.budget_steps if s.budget_steps is not None else wanted
         self._t0: float | None = None
         self._page: np.ndarray | None = None
@@ -96,11 +97,12 @@ class OpenRun:
                 os.close(fd)
         return self._shards, self._doc_starts
 
-    def batches(self, rows: int, seq_len: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, rows: int, seq_len: int, per_step: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(inputs, targets), int64 [rows, seq_len] on the device, until the budget is used; the first starts the clock.
 
-        It ends on all ranks after the same batch. Every token is served once before any is served twice, also where
-        a schedule asks again, for batches of other `rows`.
+        A step takes `per_step` of them: within it progress() stays, and it is never cut short. It ends on all ranks
+        after the same step. Every token is served once before any is served twice, also where a schedule asks again,
+        for batches of other `rows`.
         """
         shards, _ = self.shards()
         self._own_batcher = False
@@ -108,10 +110,11 @@ class OpenRun:
             source = Rows(shards, seq_len, self.seed, self.rank, self.world_size)
             self._sources[seq_len] = source, source.order()
         source, order = self._sources[seq_len]
-        for batch, copied in self._buffers(rows, seq_len):
-            self._tick()
-            if self._progress >= 1.0:
-                return
+        for number, (batch, copied) in enumerate(self._buffers(rows, seq_len)):
+            if number % per_step == 0:
+                self._tick()
+                if self._progress >= 1.0:
+                    return
             if copied is not None:
                 copied.synchronize()  # the copy out of this buffer, some batches ago
             source.fill(batch.numpy(), order)
@@ -132,7 +135,7 @@ class OpenRun:
         yield from cycle([(batch, torch.cuda.Event()) for batch in pinned])
 
     def _tick(self) -> None:
-        """One batch further. Rank 0 reads the clock and writes it on the page; the others read it there."""
+        """One step further. Rank 0 reads the clock and writes it on the page; the others read it there."""
         assert self._t0 is not None and self._page is not None
         step, self._ticks = self._ticks, self._ticks + 1
         if self.rank == 0:
@@ -150,7 +153,7 @@ class OpenRun:
         return 0.0 if self._t0 is None else time.monotonic() - self._t0
 
     def progress(self) -> float:
-        """In [0, 1], of the budget or of total_steps, as of the last batch; the same on every rank."""
+        """In [0, 1], of the budget or of total_steps, as of the step's first batch; the same on every rank."""
         if self._own_batcher and self._t0 is not None:
             self._tick()
         return self._progress

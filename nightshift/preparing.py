@@ -22,7 +22,7 @@ import numpy as np
 
 from nightshift import data, hub, sources, tokenizer
 from nightshift.config import Config
-from nightshift.packing import HeldOut, pack
+from nightshift.packing import HeldOut, consecutive
 from nightshift.sources import Corpus, Document, ReadyTokens
 from nightshift.tokenizer import Tokenizer, Tokens
 from nightshift.values import Stop
@@ -119,7 +119,8 @@ def _build_from_text(config: Config, corpus: Corpus, part: Path, quiet: bool) ->
         words = tokenizer.train(_sample(corpus), config.vocab_size)
         words.save(part / "tokenizer.json")
     num_rows = config.val_tokens // config.seq_len
-    held = {split: HeldOut(config.seq_len, num_rows) for split in SPLITS}
+    end_to_end = config.objective == "time_to_target"  # as the speedrun scores
+    held = {split: HeldOut(config.seq_len, num_rows, end_to_end) for split in SPLITS}
     spool = part / "spool"
     lengths = _encode(config, corpus, words, held, spool, quiet)
     if not lengths:
@@ -129,8 +130,7 @@ def _build_from_text(config: Config, corpus: Corpus, part: Path, quiet: bool) ->
         spool.unlink()
         counts: dict[str, Any] = {"train": {"documents": len(lengths), "tokens": sum(lengths)}}
         for split in SPLITS:
-            rows = pack(held[split].documents, config.seq_len, num_rows)
-            counts[split] = _write_rows(config, part, split, rows, words)
+            counts[split] = _write_rows(config, part, split, held[split].rows(), words)
     return counts, words.bos_id
 
 
@@ -243,17 +243,9 @@ def _build_from_tokens(config: Config, source: ReadyTokens, part: Path, quiet: b
     counts: dict[str, Any] = {"train": {"documents": documents, "tokens": total}}
     val, num_rows = data.read_shard_tokens(source.val), config.val_tokens // config.seq_len
     for number, split in enumerate(SPLITS):
-        rows = _consecutive(val[number * num_rows * config.seq_len :], config.seq_len, num_rows)
+        rows = consecutive(val[number * num_rows * config.seq_len :], config.seq_len, num_rows)
         counts[split] = _write_rows(config, part, split, rows, words)
     return counts, words.bos_id
-
-
-def _consecutive(tokens: Tokens, seq_len: int, num_rows: int) -> Tokens:
-    """[N, seq_len + 1] end to end: a row's last token is the next one's first, so that each is predicted once."""
-    num_rows = min(num_rows, (len(tokens) - 1) // seq_len)
-    if num_rows < 1:
-        return np.empty((0, seq_len + 1), dtype=np.uint16)
-    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len][:num_rows]
 
 
 # ---- the manifest, and what one sees meanwhile

@@ -74,7 +74,7 @@ def test_a_wrong_entry(tmp_path: Path, key: Any, value: Any, message: str, where
 def test_an_unknown_profile_names_the_nearest(tmp_path: Path) -> None:
     path = written(tmp_path / "config.yaml")
     assert refusal(path, "sigle") == f"{path}: no profile 'sigle'; did you mean 'single'?"
-    assert "valid: bench, demo, local, single, speedrun" in refusal(path, "??????")
+    assert "valid: bench, demo, local, local_speedrun, single, speedrun" in refusal(path, "??????")
 
 
 def test_extends_is_followed_and_must_end(tmp_path: Path) -> None:

@@ -119,6 +119,19 @@ def test_what_held_out_drops_is_never_missed(lengths: list[int], seq_len: int, n
         assert len(rows) == num_rows
 
 
+@given(lengths=st.lists(st.integers(1, 40), max_size=60), seq_len=st.integers(1, 12), num_rows=st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_rows_end_to_end_predict_each_token_once(lengths: list[int], seq_len: int, num_rows: int) -> None:
+    held = HeldOut(seq_len, num_rows, end_to_end=True)
+    for document in documents_of(lengths):
+        held.add(document)
+    text = [token for document in documents_of(lengths) for token in document.tolist()]
+    rows = held.rows()
+    assert rows.shape == (min(num_rows, max(0, len(text) - 1) // seq_len), seq_len + 1)
+    assert rows[:, :-1].flatten().tolist() == text[: rows[:, 1:].size]
+    assert rows[:, 1:].flatten().tolist() == text[1 : rows[:, 1:].size + 1]
+
+
 # ---- tokenizer
 
 

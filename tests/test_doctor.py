@@ -84,7 +84,7 @@ def test_it_runs_where_nothing_is_installed(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
                            "import runpy; runpy.run_module('nightshift.doctor', run_name='__main__')"],
                           capture_output=True, text=True)
-    assert done.returncode == 1 and "no torch, no numpy" in done.stdout, done.stderr
+    assert done.returncode == 1 and "no torch, no triton, no numpy" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("bound", "met"), [

@@ -237,16 +237,18 @@ import json, math, time, torch, prepare
 run = prepare.open_run(total_steps=10)
 x, y = run.dummy_batch(3, 16)
 assert x.shape == y.shape == (3, 16) and x.dtype == torch.int64 and torch.equal(x[:, 1:], y[:, :-1])
-assert int(x.max()) < run.vocab_size == 300 and run.seq_len == 32 and run.objective == "val_bpb"
+assert int(x.max()) < run.vocab_size == 300 and run.seq_len == 32 and run.objective == "time_to_target"
 assert (run.seed, run.rank, run.world_size, run.total_steps, run.budget_s) == (5, 0, 1, 10, 1.0)
 assert run.elapsed() == run.progress() == 0.0
 told = {"dice": torch.rand(2).tolist(), "rows": []}
 seen = []
 for rows in (4, 8):  # a schedule of batch sizes asks again
-    for x, y in run.batches(rows, run.seq_len):
+    for number, (x, y) in enumerate(run.batches(rows, run.seq_len, per_step=rows // 4)):
         assert x.shape == y.shape == (rows, 32) and x.dtype == torch.int64 and torch.equal(x[:, 1:], y[:, :-1])
         told["rows"] += x.tolist()
-        seen.append(run.progress())
+        if number % (rows // 4) == 0:
+            seen.append(run.progress())
+        assert run.progress() == seen[-1]  # within a step it stays
         if rows == 4 and len(seen) == 4:
             break
 assert seen == [step / 10 for step in range(10)] and run.elapsed() > 0, seen
@@ -262,17 +264,18 @@ time.sleep(60)
 def test_the_trainers_contract(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
     """What train.py is promised, asserted by a train.py; two runs of one seed see the same."""
     told = []
+    bench = replace(bench, config=replace(bench.config, objective="time_to_target"))
     for number in (1, 2):
         made = candidate(tmp_path / str(number), CONTRACT, seed=5)
         with no_server(scorer, made.folder) as server:
             run = runner.train(made, bench, server, lambda live: None)
-        assert (run.steps, run.tokens, run.num_params) == (11, (4 * 4 + 6 * 8) * 32, 16)
+        assert (run.steps, run.tokens, run.num_params) == (11, (4 * 4 + 6 * 2 * 8) * 32, 16)
         assert 64 < run.weights.stat().st_size < 300  # tied weights once
         told.append(json.loads((made.folder / "told.json").read_text()))
     assert told[0] == told[1]
     rows = [tuple(row) for row in told[0]["rows"]]
     shard = read_shard_tokens(bench.dataset.shards[0]).tolist()
-    assert len(rows) == len(set(rows)) == 64
+    assert len(rows) == len(set(rows)) == 112
     assert set(rows) <= {tuple(shard[start : start + 32]) for start in range(0, len(shard) - 32, 32)}
 
 

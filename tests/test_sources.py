@@ -78,6 +78,19 @@ def test_local_reads_every_kind_of_file(corpus: Path, tmp_path: Path, monkeypatc
     assert (dataset.rows("val")[:, 0] == dataset.bos_id).all()
 
 
+def test_text_for_a_time_to_target_night_is_held_out_end_to_end(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = SMALL | {"source": f"local:{corpus}"}
+    prepare(flags, tmp_path / "home")
+    code, out, err = prepare(flags | {"objective": "time_to_target"}, tmp_path / "home")
+    assert (code, err) == (0, "") and out.startswith("preparing again"), out
+    dataset = opened(flags | {"objective": "time_to_target"}, tmp_path / "home", monkeypatch)
+    rows = dataset.rows("val")
+    assert len(rows) > 1 and (rows[:-1, -1] == rows[1:, 0]).all()
+    assert rows[0, 0] == dataset.bos_id and not (rows[:, 0] == dataset.bos_id).all()
+
+
 def test_local_prepares_again_when_its_files_change(corpus: Path, tmp_path: Path) -> None:
     flags = SMALL | {"source": f"local:{corpus}"}
     first = prepare(flags, tmp_path / "home")[1].splitlines()

@@ -182,5 +182,5 @@ def test_the_gate_lets_one_in_a_hundred_through_that_is_just_at_the_target() -> 
 def test_a_train_py_that_ignores_its_length_stops_the_night() -> None:
     state = State(night={"config": {"objective": "time_to_target", "target_loss": 3.28}})
     draws = [decide.Draw(length, 300.0 + length / 100, 3.3, 1.0) for length in decide.LENGTHS[:3]]
-    with pytest.raises(Stop, match="TOTAL_BATCHES"):
+    with pytest.raises(Stop, match="TOTAL_STEPS"):
         decide.price_of_loss(state, draws)

@@ -27,14 +27,16 @@ from nightshift.proposers import knobs
 
 CPU = torch.device("cpu")
 TRAIN_PY = Path(train.__file__)
+VOCAB = 100  # no multiple of 64: the head is padded
 
 
 def resized(recipe: train.Recipe, **constants: object) -> train.Recipe:
     return train.Recipe(**{**vars(recipe), **constants})
 
 
-SMALL = resized(train.recipe_for(CPU), depth=4, heads=2, head_dim=16, windows="SSL", short_window=8, ngram_rows=500)
-VOCAB = 100  # no multiple of 64: the head is padded
+SMALL = resized(
+    train.recipe_for(CPU, VOCAB), depth=4, heads=2, head_dim=16, windows="SSL", short_window=8, ngram_rows=500
+)
 
 unit = st.floats(0, 1)
 
@@ -52,7 +54,7 @@ def stirred_model(recipe: train.Recipe = SMALL) -> train.GPT:
 
 
 def test_load_gives_the_saved_model_back(tmp_path: Path) -> None:
-    model = stirred_model(train.recipe_for(CPU))
+    model = stirred_model(train.recipe_for(CPU, VOCAB))
     save_model(model, str(tmp_path / "weights.safetensors"))
     tokens = torch.randint(VOCAB, (2, 40))
     with torch.inference_mode():
@@ -300,7 +302,7 @@ def test_a_batch_divides_or_the_error_says_what_would(tokens: int, rows: int, se
     "change, message",
     [
         ({"head_dim": 15}, "CPU_HEAD_DIM is 15; .* even"),
-        ({"head_dim": 48, "prefix": "GPU_"}, "GPU_HEAD_DIM is 48; .* 32, 64 or 128"),
+        ({"head_dim": 48, "dtype": torch.bfloat16}, "CPU_HEAD_DIM is 48; .* 32, 64 or 128"),
         ({"windows": "SX"}, "CPU_WINDOWS is 'SX'"),
         ({"windows": ""}, "CPU_WINDOWS is ''"),
         ({"heads": 1, "head_dim": 16}, "CPU_HEADS is 1; .* GATE_CHANNELS, 32, or more"),
@@ -318,10 +320,13 @@ def test_an_impossible_size_names_its_constant(change: dict[str, object], messag
         resized(SMALL, **change).check(128, 1)
 
 
-@pytest.mark.parametrize("device, recipe", [("cpu", "CPU"), ("cuda", "GPU")])
-def test_the_recipes_as_they_stand_can_be_built(device: str, recipe: str) -> None:
-    sizes = train.recipe_for(torch.device(device))
-    assert sizes.prefix == recipe + "_"
+@pytest.mark.parametrize(
+    "device, vocab_size, name", [("cpu", 8192, "CPU"), ("cuda", 8192, "GPU"), ("cuda", 50304, "SPEEDRUN")]
+)
+def test_the_recipes_as_they_stand_can_be_trained(device: str, vocab_size: int, name: str) -> None:
+    sizes = train.recipe_for(torch.device(device), vocab_size)
+    assert sizes.depth == getattr(train, f"{name}_DEPTH") and sizes.names["depth"] == f"{name}_DEPTH"
+    assert sizes.names["rope_base"] == ("CPU" if name == "CPU" else "GPU") + "_ROPE_BASE"
     for ranks in (1, 2, 4, 8):
         sizes.check(sizes.seq_len, ranks)
 
@@ -394,7 +399,7 @@ def runner(folder: Path, steps: int, ranks: int = 1) -> Iterator[tuple[Runner, R
 def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
     with runner(tmp_path, steps=2) as (it, _):
         run = openrun.OpenRun(RankEnd(it.socket, 0), 0, 0, None)
-        trainer = train.Trainer(run, train.recipe_for(CPU))
+        trainer = train.Trainer(run, train.recipe_for(CPU, VOCAB))
         before = {name: t.clone() for name, t in trainer.model.state_dict().items()}
         dice = torch.get_rng_state()
         trainer.warm_up()
