@@ -27,7 +27,7 @@ ROOT = configuration.ROOT
 
 
 def research(night: Night) -> str:
-    """program.md → brief → proposer → commit → train → score → decide → record → advance, until nothing comes next."""
+    """program.md → brief → proposer → commit → train → score → decide → audit → record → advance, until the end."""
     while (task := decide.next(night.state, time.time())).kind != "end":
         run = score = None
         try:
@@ -39,6 +39,7 @@ def research(night: Night) -> str:
                 run = runner.train(candidate, night.bench, server, night.watch)
                 score = Score(server.score(run.weights, task.splits), run.train_s)
             decision = decide.judge(night.state, task, run, score, candidate.net_added)
+            decision = night.audited(decision, candidate, run)
         except Reject as reason:
             decision = decide.reject(night.state, reason)
         night.record(decision, run, score)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ INTERRUPTED = threading.Event()  # set by the loop's signal handler
 LOGS = {"train.py", "run.log", "server.log"}
 RESULTS = {"weights.safetensors", "nats-val.npy"}
 LOG_BYTES = 1 << 20
+AUDIT_SHARE = 0.1  # of the time that a would-be keep has taken
 STARTED = ("number", "kind", "attempt", "seed", "parent", "arm", "length")  # of a Task, what the journal keeps
 
 
@@ -207,6 +208,18 @@ class Night:
         }[task.kind]
         return Drafted(0, title, "", "", "", task.blob, self.state.incumbent.blob, 0.0, None)
 
+    # score → decision
+
+    def audited(self, decision: Decision, candidate: Candidate, run: Run) -> Decision:
+        """The decision, once a would-be keep was found to predict each token from those before it. Reject where not."""
+        if decision.status != "keep" or candidate.task.kind != "candidate":
+            return decision
+        others = [p for p in candidate.folder.parent.glob("*/nats-val.npy") if p.parent != candidate.folder]
+        incumbent = max(others, key=lambda path: path.parent.name, default=None)
+        seconds = max(1.0, AUDIT_SHARE * (time.monotonic() - self._started))
+        with self.scorer.serve(candidate.folder / "train.py", candidate.folder) as server:
+            return replace(decision, audit=server.audit(run.weights, incumbent, seconds))
+
     # proposal → candidate
 
     def commit(self, task: Task, drafted: Drafted) -> Candidate:
@@ -242,7 +255,8 @@ class Night:
         row = self.state.running
         assert row is not None
         keeps = row.kind == "candidate" and decision.status == "keep"
-        self._tidy(row, keeps)  # first: it may have filled the disk that the journal needs
+        incumbent = keeps or (row.kind == "baseline" and score is not None)
+        self._tidy(row, incumbent)  # first: it may have filled the disk that the journal needs
         moves_to = self._moves_to(row, decision)
         measured: dict[str, Any] = {"scores": {}}
         if score is not None:
@@ -288,17 +302,17 @@ class Night:
         """results.tsv, anew from all journals."""
         ledger.write_atomically(self.root / "results.tsv", ledger.results_tsv(ledger.nights(self.root)))
 
-    def _tidy(self, row: Row, keeps: bool) -> None:
-        """Of a run's folder its train.py and logs stay, and of the newest keep weights and nats; the rest goes."""
+    def _tidy(self, row: Row, incumbent: bool) -> None:
+        """Of a run's folder its train.py and logs stay, and of the newest incumbent weights and nats; the rest goes."""
         folder = self.folder / "runs" / f"{row.number:03d}"
         if not folder.is_dir():
             return
-        if keeps:
+        if incumbent:
             for path in [*folder.parent.glob("*/weights.safetensors"), *folder.parent.glob("*/nats-*.npy")]:
                 if path.parent != folder:
                     path.unlink()
         folder.chmod(0o700)
-        stay = LOGS | (RESULTS if keeps else set())
+        stay = LOGS | (RESULTS if incumbent else set())
         for path in folder.iterdir():
             if path.name not in stay or path.is_symlink() or path.is_dir():
                 _wipe(path)

@@ -89,7 +89,10 @@ def _decided(state: State, event: Event, texts: dict[str, bytes]) -> dict[str, A
         unhealthy=unhealthy,
         **{name: event[name] for name in ("steps", "tokens", "startup_s", "num_params", "flops_per_token")},
     )
-    return _fields(decide.judge(state, task, run, Score(scores, event["train_s"]), net_added))
+    decision = decide.judge(state, task, run, Score(scores, event["train_s"]), net_added)
+    if decision.status == "keep" and event["status"] not in RAN:  # scored, and then refused by the audit
+        decision = decide.reject(state, Reject(event["status"], event["reason"]))
+    return _fields(decision)
 
 
 def _fields(decision: Decision) -> dict[str, Any]:

@@ -126,7 +126,19 @@ class Server:
         reply = self._scorer._receive(self._scorer._config.startup_s * (1 + len(splits)) + SPARE_S)
         if "scores" in reply:
             return {split: SplitScore(**sums) for split, sums in reply["scores"].items()}
-        raise Reject(reply["status"], f"{reply['reason']}\n{tail(self._log, 50)}".rstrip())
+        raise self._rejected(reply)
+
+    def audit(self, weights: Path, incumbent: Path | None, seconds: float) -> dict[str, Any]:
+        """What `audit.audit` finds of the candidate scored last, on this server, a fresh one. Reject where it peeks."""
+        asked = {"weights": str(weights), "incumbent": str(incumbent or ""), "seconds": seconds}
+        self._scorer._send({"audit": asked})
+        reply = self._scorer._receive(self._scorer._config.startup_s * 2 + seconds + SPARE_S)
+        if "audit" in reply:
+            return dict(reply["audit"])
+        raise self._rejected(reply)
+
+    def _rejected(self, reply: dict[str, Any]) -> Reject:
+        return Reject(reply["status"], f"{reply['reason']}\n{tail(self._log, 50)}".rstrip())
 
 
 def tail(path: Path, lines: int) -> str:

@@ -17,14 +17,14 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nightshift import data
+from nightshift import audit, data
 from nightshift.config import Config
 from nightshift.modelserver import GO, OK, STATUS, WRONG_SHAPE
 from nightshift.values import Reject
@@ -81,6 +81,7 @@ class Scoring:
         self.deadline = 0.0  # for all that the model server of now has to say, by time.monotonic()
         self.consecutive = config.objective == "time_to_target"
         self.buffers: Buffers | None = None
+        self.first_pass: dict[str, np.ndarray] = {}  # nats by split, as last scored; an audit compares with them
 
     def rows(self, split: str, row_len: int) -> np.ndarray:
         """The split as uint16 [rows, row_len + 1]; consecutive text is cut anew to the model's own row length."""
@@ -97,6 +98,26 @@ class Scoring:
 
     def score(self, server: socket.socket, folder: Path, weights: str, splits: list[str]) -> dict[str, dict[str, Any]]:
         """Sums by split. The nats of every token go to <folder>/nats-<split>.npy, float32 [rows, row_len]."""
+        row_len = self._greet(server, weights, splits)
+        return {split: self._split(server, folder, split, self.rows(split, row_len)) for split in splits}
+
+    def audit(self, server: socket.socket, weights: str, incumbent: str, seconds: float) -> dict[str, Any]:
+        """Findings on the candidate that was scored last; `incumbent` is the file of nats to compare its gains with."""
+        until = time.monotonic() + seconds
+        row_len = self._greet(server, weights, ["val"])
+        rows, first = self.rows("val", row_len).astype(np.int64), self.first_pass["val"]
+        assert self.buffers is not None
+        before = _nats_of(Path(incumbent), first.shape) if incumbent else None
+        size = min(len(self.buffers.tokens), max(8, audit.POSITIONS // 32))
+
+        def ask(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+            given, wanted = (torch.from_numpy(x).to(self.device) for x in (inputs, targets))
+            return self._batch(server, given, wanted).cpu().numpy()
+
+        return asdict(audit.audit(ask, rows, first, before, self.dataset.vocab_size, size, until))
+
+    def _greet(self, server: socket.socket, weights: str, splits: list[str]) -> int:
+        """Has the weights loaded, and the buffers mapped; the length of the rows that the model takes."""
         self.deadline = time.monotonic() + self.patience_s * (1 + len(splits))
         request = {"weights": weights, "device": str(self.device), "seq_len": self.dataset.seq_len}
         server.send(json.dumps(request).encode())
@@ -108,7 +129,7 @@ class Scoring:
             self.buffers = None
             self.buffers = make_buffers(self.device, len(first), row_len, self.dataset.vocab_size)
         socket.send_fds(server, [json.dumps(self.buffers.message()).encode()], self.buffers.fds)
-        return {split: self._split(server, folder, split, self.rows(split, row_len)) for split in splits}
+        return row_len
 
     def _split(self, server: socket.socket, folder: Path, split: str, rows: np.ndarray) -> dict[str, Any]:
         nats = np.zeros((rows.shape[0], rows.shape[1] - 1), dtype=np.float32)
@@ -117,27 +138,28 @@ class Scoring:
         size = len(self.buffers.tokens)
         for start in range(0, len(rows), size):
             batch = torch.from_numpy(rows[start : start + size].astype(np.int64)).to(self.device)
-            losses = self._batch(server, batch)
+            losses = self._batch(server, batch[:, :-1], batch[:, 1:])
             lengths = self.token_bytes[batch[:, 1:]]
             scored = (lengths > 0) | self.consecutive
             total += float(losses.double()[scored].sum())
             total_bytes += int(lengths.sum())
             count += int(scored.sum())
             nats[start : start + size] = losses.cpu().numpy()
+        self.first_pass[split] = nats
         _save(folder / f"nats-{split}.npy", nats)
         return {"nats": total, "bytes": total_bytes, "tokens": count}
 
-    def _batch(self, server: socket.socket, batch: torch.Tensor) -> torch.Tensor:
+    def _batch(self, server: socket.socket, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Nats of each target, float32 [rows, row_len]. What the server leaves unwritten stays NaN, and is refused."""
         assert self.buffers is not None
-        rows = len(batch)
-        self.buffers.tokens[:rows] = batch[:, :-1]
+        rows = len(inputs)
+        self.buffers.tokens[:rows] = inputs
         logits = self.buffers.logits[:rows].fill_(float("nan"))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         server.send(GO.pack(rows))
         self._status(server)
-        return torch.cat([_nats(x, y) for x, y in self._chunks(logits, batch[:, 1:])])
+        return torch.cat([_nats(x, y) for x, y in self._chunks(logits, targets)])
 
     def _chunks(self, logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Copies, since the server can go on writing: what is summed must be the logits that were looked at."""
@@ -174,6 +196,15 @@ def _nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nats
 
 
+def _nats_of(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What an earlier run left, if it is of the same rows: it only steers where the audit looks first."""
+    try:
+        nats = np.load(path)
+    except (OSError, ValueError):
+        return None
+    return nats if nats.shape == shape and nats.dtype == np.float32 and np.isfinite(nats).all() else None
+
+
 def _save(path: Path, nats: np.ndarray) -> None:
     """Writes a new file: the run owns the folder, and may have left a link to somebody else's there."""
     try:
@@ -188,8 +219,8 @@ def _save(path: Path, nats: np.ndarray) -> None:
 def write_bytecode() -> None:
     """Where bytecode has a place of its own (sandbox.bytecode_environment): the compiler's, for the runs to read."""
     if sys.pycache_prefix:
-        import torch._inductor.compile_fx
-        import torch.nn.attention.flex_attention  # noqa: F401
+        import torch._inductor.compile_fx  # noqa: F401
+        import triton.language  # noqa: F401
 
 
 def main() -> None:
@@ -213,7 +244,10 @@ def main() -> None:
         reply: dict[str, Any]
         try:
             with torch.inference_mode():
-                reply = {"scores": scoring.score(server, folder, **request["score"])}
+                if "audit" in request:
+                    reply = {"audit": scoring.audit(server, **request["audit"])}
+                else:
+                    reply = {"scores": scoring.score(server, folder, **request["score"])}
         except Reject as reason:
             reply = {"status": reason.status, "reason": str(reason)}
         except (ConnectionError, TimeoutError):

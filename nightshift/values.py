@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["baseline", "candidate", "sentinel", "claim", "end"]
 Status = Literal["keep", "discard", "crash", "timeout", "invalid"]
@@ -179,3 +179,4 @@ class Decision:
     takes_back: int = 0  # of a sentinel: the number of the keep that is reverted
     length: float | None = None  # where the run does not count and is to be repeated: with what length
     reason: str = ""
+    audit: dict[str, Any] | None = None  # of a keep: audit.Findings
