@@ -121,7 +121,7 @@ class ByHand:
             finish.flops_per_token,
         )
         with (
-            devices.lease(self._config.gpus, wait=False) as lease,
+            devices.lease(self._world_size if self._config.gpus else 0, wait=False) as lease,
             scorer.Scorer(self._config, lease, sandbox.probe(), self._folder, self._folder.parent / "cache") as judge,
         ):
             try:

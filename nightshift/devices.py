@@ -102,8 +102,8 @@ def threads() -> int:
 def lease(gpus: int, wait: bool = True) -> Iterator[Lease]:
     """Holds so many idle GPUs, or the CPU for 0, until the block ends. Waits for them; Stop where there are too few.
 
-    A lease is an flock on a file that all nights of this machine share. Without `wait` it is the first GPUs, unasked:
-    a run by hand already sits on them.
+    A lease is an flock on a file that all nights of this machine share. Without `wait` it is the first GPUs that this
+    process may see, unasked: a run by hand already sits on them.
     """
     if gpus == 0:
         yield Lease((), cpu_name())
@@ -112,9 +112,15 @@ def lease(gpus: int, wait: bool = True) -> Iterator[Lease]:
     if len(names) < gpus:
         raise Stop(f"the profile asks for {gpus} GPUs, this machine shows {len(names)}: `python loop.py doctor`")
     with contextlib.ExitStack() as held:
-        chosen = _wait_for_idle(gpus, len(names), held) if wait else tuple(range(gpus))
+        chosen = _wait_for_idle(gpus, len(names), held) if wait else _visible(len(names))[:gpus]
         count = "" if gpus == 1 else f" ×{gpus}"
         yield Lease(chosen, names[chosen[0]] + count)
+
+
+def _visible(total: int) -> tuple[int, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this process; all of them where it says nothing by number."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return tuple(int(n) for n in named if n.strip().isdigit() and int(n) < total) or tuple(range(total))
 
 
 def _wait_for_idle(gpus: int, total: int, held: contextlib.ExitStack) -> tuple[int, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from preparations import story
 
 from nightshift import config, data, devices, preparing, sandbox
@@ -15,6 +17,9 @@ from nightshift.runner import Bench
 from nightshift.scorer import Scorer
 
 STARTUP_S = 20.0
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # train.py's kernels on a CPU; Triton asks while train.py is imported
 
 
 @pytest.fixture(scope="session")
