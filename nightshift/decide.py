@@ -17,10 +17,12 @@ from typing import Any, Literal
 from nightshift.ledger import Row, State
 from nightshift.values import Belief, Decision, Kind, Reject, Run, Score, Stop, Task
 
-RULES = 1  # the version of all that follows; a night's journal names the one it was decided by
+RULES = 2  # the version of all that follows; a night's journal names the one it was decided by
 PRIOR_DF = 4  # how many degrees of freedom the profile's σ₀ is worth
 DRIFT = 0.01  # variance that the machine adds to a belief with each run, in σ²
+REPEATED, QUARANTINED = "does not count: ", "does not count yet: "  # how a repeated run's reason begins
 COST, COST_PER_LINE, COST_CAP = 0.1, 0.005, 0.3  # what a keep must gain, in σ
+QUARANTINE = 10.0  # standard deviations of a gain that nobody believes at once: it is drawn again under another seed
 CLIP = 3.0  # standard deviations of a sentinel's surprise that are believed
 CHECKS = 2  # sentinels that a keep must survive
 LENGTHS = (0.97, 1.03, 1.03, 0.97)  # of the baselines of a time_to_target night
@@ -208,7 +210,13 @@ def judge(state: State, task: Task, run: Run, score: Score, net_added: int) -> D
     belief = Belief(known.m, known.s2 + DRIFT * sigma2)
     if task.kind == "sentinel":
         return _sentinel(state, y, belief, sigma2)
-    return _candidate(y, belief, sigma2, net_added)
+    before = state.rows[-1] if state.rows and state.rows[-1].reason.startswith(QUARANTINED) else None
+    if before is not None and before.blob == task.blob and before.score is not None:
+        return _candidate(y, belief, sigma2, net_added, max(sigma2, (belief.m - before.score) ** 2))
+    if belief.m - y > (far := QUARANTINE * math.sqrt(sigma2 + belief.s2)):
+        reason = f"{QUARANTINED}a gain of more than {far:.4g}, so it is measured again under another seed"
+        return Decision("discard", y, y - belief.m, None, belief, DRIFT * sigma2, length=task.length, reason=reason)
+    return _candidate(y, belief, sigma2, net_added, sigma2)
 
 
 def reject(state: State, reason: Reject) -> Decision:
@@ -239,12 +247,12 @@ def _repeat(state: State, task: Task, run: Run, loss: float, price: float | None
     if repeats >= MAX_REPEATS:
         return None
     if run.unhealthy:
-        return task.length, f"does not count: {run.unhealthy}"
+        return task.length, f"{REPEATED}{run.unhealthy}"
     miss = loss - state.rules["target_loss"]
     if price is None or task.kind in ("baseline", "claim") or abs(miss) <= LOSS_BAND:
         return None
     elasticity = fmean([r.train_s for r in state.scored("baseline")]) / price
-    reason = f"does not count: loss {loss:.4f} is off the target; length re-aimed"
+    reason = f"{REPEATED}loss {loss:.4f} is off the target; length re-aimed"
     return task.length * math.exp(max(-REAIM, min(REAIM, miss / elasticity))), reason
 
 
@@ -259,9 +267,12 @@ def threshold(net_added: int) -> float:
     return 0.0 if net_added < 0 else min(COST + COST_PER_LINE * net_added, COST_CAP)
 
 
-def _candidate(y: float, belief: Belief, sigma2: float, net_added: int) -> Decision:
-    """Keeps a candidate whose gain, shrunk towards nothing, is worth its lines. The prior of a gain is N(0, σ²)."""
-    tau2, noise2 = sigma2, sigma2 + belief.s2
+def _candidate(y: float, belief: Belief, sigma2: float, net_added: int, tau2: float) -> Decision:
+    """Keeps a candidate whose gain, shrunk towards nothing, is worth its lines. The prior of a gain is N(0, τ²).
+
+    τ is σ; of a gain measured again it is what was measured first, which tells how large such a thing can be.
+    """
+    noise2 = sigma2 + belief.s2
     gain = belief.m - y
     shrunk = gain * tau2 / (tau2 + noise2)
     p_better = NormalDist().cdf(shrunk / math.sqrt(tau2 * noise2 / (tau2 + noise2)))

@@ -79,8 +79,8 @@ def _decided(state: State, event: Event, texts: dict[str, bytes]) -> dict[str, A
     scores = {name: SplitScore(**split) for name, split in event["scores"].items()}
     task = Task(row.kind, row.number, row.attempt, row.seed, row.parent, row.blob, row.arm, tuple(scores), row.length)
     unhealthy = ""
-    if event["repeat_length"] == row.length:  # a run off its target is repeated at another length
-        unhealthy = event["reason"].removeprefix("does not count: ")
+    if event["repeat_length"] == row.length and event["reason"].startswith(decide.REPEATED):
+        unhealthy = event["reason"].removeprefix(decide.REPEATED)  # off its target it is repeated at another length
     run = Run(
         candidate=Candidate(task, row.title, row.blob, row.commit, Path(), net_added),
         weights=Path(),

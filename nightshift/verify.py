@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nightshift import ledger, rejudge
+from nightshift import decide, ledger, rejudge
 from nightshift.journal import Event, parse
 from nightshift.ledger import Row, State
 from nightshift.plumbing import Repository
@@ -288,6 +288,10 @@ def _row(stored: dict[str, Any]) -> Row:
 
 def _decisions(night: Evidence) -> Finding:
     """What ran next, what became of it, what is claimed: all made again from what was recorded before."""
+    rules = night.events[0].get("rules", 1) if night.events else decide.RULES
+    if rules != decide.RULES:
+        skipped = f"made by version {rules} of the rules; these are version {decide.RULES}"
+        return Finding("decisions", [], skipped=skipped)
     wrong, made, unknown = rejudge.faults(night.events, night.texts)
     skipped = f"{unknown} runs' changes are not in this clone" * bool(unknown) or "none so far" * (not made)
     return Finding("decisions", wrong, f"{made} follow from what was recorded before them" * bool(made), skipped)

@@ -40,7 +40,7 @@ class Idea:
     unhealthy: str = ""  # what is wrong with the device whenever it runs
 
 
-GOOD = Idea("a better x3", 3, "x3 = 33", -0.1, hypothesis="Because of <script>alert(1)</script> & more.")
+GOOD = Idea("a better x3", 3, "x3 = 33", -0.02, hypothesis="Because of <script>alert(1)</script> & more.")
 BAD = Idea("a worse x5", 5, "x5 = 55", +0.1)
 CRASH = Idea("a crash", 7, "raise SystemExit", fails="crash")
 REFUSED = Idea("no such lines", 0, "", fails="refused")

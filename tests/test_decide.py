@@ -110,7 +110,7 @@ def test_a_run_that_does_not_count_is_a_run_to_the_machine() -> None:
 @given(gain=st.floats(-8, 8), s=st.floats(0.05, 2), lines=st.integers(-40, 80), sigma=st.floats(1e-4, 10))
 def test_the_keep_rule(gain: float, s: float, lines: int, sigma: float) -> None:
     """The rule of the design, in σ: keep when g τ² / (τ² + σ² + s²) > c with τ = σ."""
-    decision = decide._candidate(5.0 - gain * sigma, Belief(5.0, (s * sigma) ** 2), sigma**2, lines)
+    decision = decide._candidate(5.0 - gain * sigma, Belief(5.0, (s * sigma) ** 2), sigma**2, lines, sigma**2)
     cost = 0.0 if lines < 0 else min(0.3, 0.1 + 0.005 * lines)
     shrunk = gain / (1 + 1 + s * s)
     assert decision.delta == near(-gain * sigma, abs=1e-9)
@@ -159,7 +159,7 @@ def test_p_better_by_integration() -> None:
         grid = [(i + 0.5) / 400 for i in range(-4000, 4000)]
         density = [NormalDist(0, sigma).pdf(g) * noise.pdf(gain - g) for g in grid]
         better = sum(d for g, d in zip(grid, density, strict=True) if g > 0) / sum(density)
-        decision = decide._candidate(-gain, Belief(0.0, s2), sigma**2, 0)
+        decision = decide._candidate(-gain, Belief(0.0, s2), sigma**2, 0, sigma**2)
         assert decision.p_better == near(better, abs=1e-4)
 
 
@@ -170,7 +170,7 @@ def test_steering_is_calibrated_where_its_prior_is_true() -> None:
     for _ in range(20_000):
         incumbent = dice.gauss(0.0, s)
         truth = incumbent + dice.gauss(0.0, sigma)
-        decision = decide._candidate(truth + dice.gauss(0.0, sigma), Belief(0.0, s * s), sigma**2, 5)
+        decision = decide._candidate(truth + dice.gauss(0.0, sigma), Belief(0.0, s * s), sigma**2, 5, sigma**2)
         assert decision.p_better is not None and decision.belief is not None
         claimed.append(decision.p_better)
         better.append(truth < incumbent)
@@ -241,6 +241,27 @@ def test_only_the_newest_keep_is_taken_back_and_the_one_below_keeps_its_checks()
     assert [keep.number for keep in sheet.state.keeps] == [4, 6]
     play(sheet, scored(1.05))
     assert [(keep.number, keep.sentinels) for keep in sheet.state.keeps] == [(4, 1)]
+
+
+def test_a_gain_that_nobody_believes_is_measured_again_under_another_seed() -> None:
+    sheet = night(1.0, 1.0, 1.0)
+    first = play(sheet, scored(0.9))
+    assert first.status == "discard" and first.length == 1.0 and "measured again" in first.reason
+    assert not sheet.state.keeps and not sheet.state.of("candidate") and sheet.state.incumbent.belief.m == near(1.0)
+    task, row = decide.next(sheet.state, 0.0), sheet.state.rows[-1]
+    assert task.again and task.blob == row.blob and task.seed != row.seed and task.kind == "candidate"
+    second = play(sheet, scored(0.904))
+    assert second.status == "keep" and sheet.state.keeps
+    assert second.belief is not None and second.belief.m == near(0.904, abs=0.0004)  # hardly shrunk: it is that large
+    assert play(sheet, scored(0.907)).status == "discard"  # of that incumbent it would be a loss
+
+
+def test_a_gain_that_was_luck_is_not_kept() -> None:
+    sheet = night(1.0, 1.0, 1.0)
+    play(sheet, scored(0.9))
+    assert play(sheet, scored(1.0005)).status == "discard" and not sheet.state.keeps
+    assert decide.next(sheet.state, 0.0).again is False  # that one is done with
+    assert play(sheet, scored(0.9)).length == 1.0  # another one is looked at twice as well
 
 
 def test_a_sentinel_comes_after_every_tenth_candidate_whatever_became_of_it() -> None:

@@ -25,7 +25,7 @@ from nightshift.values import Belief
 
 isolated = pytest.fixture(autouse=True)(repositories.isolated)
 TITLE = '$\\frac{</title><svg onload="alert(3)">\x1b[31m\u202e 猫'
-NASTY = Idea(TITLE, 9, "x9 = '</pre><script>alert(4)</script>'", -0.1)
+NASTY = Idea(TITLE, 9, "x9 = '</pre><script>alert(4)</script>'", -0.02)
 AWFUL = Idea("an awful idea", 11, "x11 = 1111", +40.0)
 
 

@@ -103,7 +103,7 @@ def test_a_night_that_is_being_prepared(tmp_path: Path) -> None:
 def test_a_night_that_is_over_shows_its_claim(finished: Path) -> None:
     told = lines(finished)
     assert told["night"] == "over" and told["next"] == "python loop.py report"
-    assert told["claim"].startswith("better: -0.1") and told["claim"].endswith("4 runs an arm")
+    assert told["claim"].startswith("better: -0.02") and told["claim"].endswith("4 runs an arm")
     assert "1 keep" in told["incumbent"] and "bits per byte   run 4" in told["incumbent"]
     assert told["used"] == "2 of 2 experiments   $0.00"
     rows = [line.split()[:3] for line in status(finished).splitlines() if "train.py" in line or "better x3" in line]

@@ -16,7 +16,7 @@ from nightshift.values import Score, Stop
 
 TARGET = 3.28
 EPSILON = 0.15  # −dL/d ln t, nats
-T0 = 240.0
+T0 = 212.0
 near = pytest.approx
 
 
@@ -132,6 +132,7 @@ def test_a_length_is_never_aimed_out_of_this_world(slope: float, loss: float, fa
 def test_baselines_and_claims_are_never_re_aimed() -> None:
     sheet = night((0.05, 0.05, 0.05, 0.05), max_experiments=1, claim_per_arm=2)
     assert [row.counts for row in sheet.state.rows] == [True] * 4
+    assert "measured again" in play(sheet, ran(200.0, TARGET)).reason
     play(sheet, ran(200.0, TARGET))
     assert decide.next(sheet.state, 0.0).kind == "claim"
     assert play(sheet, ran(200.0, TARGET + 0.05)).length is None
