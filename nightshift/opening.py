@@ -68,7 +68,10 @@ def take_up(root: Path, tag: str, book: Ledger, branch: Branch, bench: Bench) ->
         book.write("night", **_header(root, tag, base, branch.blob(base), bench))
     else:
         _same_conditions(book.state, bench)
-        branch.resume(book.state.tip_before, book.state.tip)
+        ours = book.state.tip_before, book.state.tip
+        found = branch.resume(*ours)
+        if found not in ours:  # published, and then killed before the journal said so
+            book.write("stop", code=1, cause="it was ended while it published", moves_to=found)
     config = bench.config
     limits = {name: getattr(config, name) for name in ("max_experiments", "max_hours", "max_usd")}
     book.write("leg", pid=os.getpid(), sandbox=str(bench.tier), limits=limits, proposer=config.proposer)

@@ -80,13 +80,14 @@ def play(root: Path, ideas: list[Idea], tag: str = "nov20", seed: int = 0, runs:
     branch = Branch(root, tag)
     opening.take_up(root, tag, book, branch, bench)
     night = Night(root, book, branch, bench, None, Script(ideas), threading.Event(), View())  # type: ignore[arg-type]
-    dice = random.Random(seed)
+    night.advance()
     while (task := decide.next(night.state, time.time())).kind != "end" and len(night.state.rows) < runs:
         drafted = night.propose(task)
         if drafted is None:
             continue
         run = score = None
         try:
+            dice = random.Random(f"{seed} {task.number}")  # the same however often a run is tried
             run, score = _train(night.commit(task, drafted), ideas, dice, settings)
             decision = decide.judge(night.state, task, run, score, run.candidate.net_added)
         except Reject as reason:
@@ -120,7 +121,8 @@ def _train(candidate: Candidate, ideas: list[Idea], dice: random.Random, setting
 
 def _finish(night: Night, task: Task) -> None:
     """What the loop does at the end of a night."""
-    night.book.write("claim", **decide.claim(night.state, task.why))
+    if not night.state.over:
+        night.book.write("claim", **decide.claim(night.state, task.why))
     records = publish.write_records(night.root, night.folder, night.state, night.branch)
     night.write_results()
     paths = [records, night.root / "results.tsv"]

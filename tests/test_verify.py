@@ -125,7 +125,7 @@ def test_a_remote_branch_serves_as_well(root: Path, tmp_path: Path, capsys: pyte
     git(tmp_path, "clone", "-q", str(root), str(clone))
     git(clone, "switch", "-q", "--detach")
     git(clone, "branch", "-qD", "autoresearch/nov20")
-    assert "5 moves lie on autoresearch/nov20" in lines(clone, capsys, 0)["branch"]
+    assert "7 moves lie on autoresearch/nov20" in lines(clone, capsys, 0)["branch"]
 
 
 def test_files_without_git_are_checked_as_far_as_they_go(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +143,7 @@ def test_a_night_that_goes_on_holds(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_keep_that_was_taken_back_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make(tmp_path / "repo")
-    night = nights.play(root, [LUCKY, BAD], seed=37, sentinel_every=1)  # a lucky draw, and a sentinel that finds out
+    night = nights.play(root, [LUCKY, BAD], seed=1, sentinel_every=1)  # a lucky draw, and a sentinel that finds out
     assert any(row.taken_back_by for row in night.state.rows)
     assert "2 moves lie on" in lines(root, capsys, 0)["branch"]  # the keep and its revert
 
