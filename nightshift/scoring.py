@@ -32,6 +32,7 @@ from nightshift.values import Reject
 DIED = "the model server died importing train.py, in load() or in forward()"
 LOGITS_BYTES = {"cuda": 4 << 30, "cpu": 128 << 20}
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}
+AUDIT_ROWS = {"cuda": 256, "cpu": 16}  # asked at a time: few, for an audit keeps to its time
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Scoring:
         rows, first = self.rows("val", row_len).astype(np.int64), self.first_pass["val"]
         assert self.buffers is not None
         before = _nats_of(Path(incumbent), first.shape) if incumbent else None
-        size = min(len(self.buffers.tokens), max(8, audit.POSITIONS // 32))
+        size = min(len(self.buffers.tokens), AUDIT_ROWS[self.device.type])
 
         def ask(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
             given, wanted = (torch.from_numpy(x).to(self.device) for x in (inputs, targets))
