@@ -74,7 +74,7 @@ def _examine(root: Path) -> Iterator[Line]:
 
     gpus = devices.gpu_names()
     yield from _git(root)
-    yield from _sandbox(root)
+    yield from _sandbox()
     config, lines = _config(root / "config.yaml", devices.default_profile())
     yield from lines
     yield from _gpus(gpus)
@@ -179,29 +179,26 @@ def _git(root: Path) -> Iterator[Line]:
 # The sandbox
 
 
-def _sandbox(root: Path) -> Iterator[Line]:
-    """What shuts a candidate in, and whether it shuts it off from what it must not read."""
-    from nightshift import data, sandbox
+def _sandbox() -> Iterator[Line]:
+    """What shuts a candidate in, found by a run that looks for a file that it must not find."""
+    from nightshift import sandbox
 
     missing = [name for name in ("setpriv", "unshare") if not shutil.which(name)]
     if missing:
         mark: Literal["note", "WRONG"] = "WRONG" if "setpriv" in missing else "note"
         yield Line(mark, "sandbox", f"no {' and no '.join(missing)} on PATH: `sudo apt install util-linux`")
+        if mark == "WRONG":
+            return
     tier = sandbox.probe()
     if not tier.namespaces and not missing:
-        yield Line("note", "sandbox", f"{tier.missing}: runs see each other and the network; {_namespaces_mend()}")
+        text = f"{tier.missing}: runs see each other's processes, and what listens on the network or in /run"
+        yield Line("note", "sandbox", f"{text}; {_namespaces_mend()}")
     if not tier.landlock:
-        text = "no Landlock: runs can read all that you can, held-out data too; a kernel of 5.13 or later, booted with"
-        yield Line("note", "sandbox", f"{text} landlock in its lsm= list, keeps them in")
-        return
-    if tier.namespaces:
+        text = "no Landlock, the second lock behind the namespaces" if tier.namespaces else sandbox.EXPOSED
+        mend = "a kernel of 5.13 or later has it, with landlock in its lsm= list: `cat /sys/kernel/security/lsm`"
+        yield Line("note", "sandbox", f"{text}; {mend}")
+    elif tier.namespaces:
         yield Line("ok", "sandbox", str(tier))
-    open_to_runs = [path.resolve() for path in sandbox.readable(root / ".nightshift" / "face")]
-    for path, mend in ((data.home(), "`export NIGHTSHIFT_DATA=` another folder"), (root, "move the checkout")):
-        inside = next((p for p in open_to_runs if path.resolve().is_relative_to(p)), None)
-        if inside is not None:
-            text = f"{path} lies in {inside}, which runs may read, so they could read what they are scored on: {mend}"
-            yield Line("note", "sandbox", text)
 
 
 def _namespaces_mend(settings: Path = Path("/proc/sys")) -> str:

@@ -80,6 +80,7 @@ def train(candidate: Candidate, bench: Bench, server: Server, watch: Watch) -> R
             log,
             env=_environment(candidate, bench),
             writable=[bench.cache],
+            ranks=settings.world_size,
         )
         meter = Meter(bench.lease, process.pid)
         try:
@@ -160,8 +161,7 @@ def _follow(
                 if source != exited:
                     ear.handle(source)
             if events == [exited] and not ear.saved:
-                what = "run.finish()" if ear.finish is None else "its weights were saved"
-                raise Reject("crash", f"train.py ended before {what}, exit status {process.wait()}")
+                raise Reject("crash", _ending(process.wait(), ear))
             if ear.all_waiting and server.ready:
                 ear.begin()
             _check_clock(ear, started, config)
@@ -172,6 +172,14 @@ def _follow(
     finally:
         ear.selector.unregister(exited)
         os.close(exited)
+
+
+def _ending(status: int, ear: RunnerEnd) -> str:
+    """Why a run is over that ended by itself, or that its warden ended; the log's last line has the figures then."""
+    if status in sandbox.OVERSTEPPED:
+        return f"train.py was stopped: {sandbox.OVERSTEPPED[status]}"
+    what = "run.finish()" if ear.finish is None else "its weights were saved"
+    return f"train.py ended before {what}, exit status {status}"
 
 
 def _check_clock(ear: RunnerEnd, started: float, config: Config) -> None:
