@@ -48,12 +48,12 @@ def test_a_run_that_takes_too_much_memory_is_stopped(
         if not os.fork():
             held = os.urandom(1 << 20) * 80
             time.sleep(60)
-    time.sleep(1.5)
+    time.sleep({hold})
     """
-    assert train(bench, scorer, tmp_path / "off", bare(body + DONE)).train_s < 5
+    assert train(bench, scorer, tmp_path / "off", bare(body.format(hold=1.5) + DONE)).train_s < 5
     bounded(monkeypatch, memory_share=memory(256 * MB))
-    status, why, seconds = rejection(bench, scorer, tmp_path / "on", bare(body + DONE))
-    assert status == "crash" and seconds < 5
+    status, why, _ = rejection(bench, scorer, tmp_path / "on", bare(body.format(hold=15) + DONE))
+    assert status == "crash"
     assert why.startswith("train.py was stopped: its processes held more memory than a run may\n")
     assert "GB of memory held, and a run may hold 0.25 GB" in why
 
@@ -80,13 +80,13 @@ def test_a_run_that_fills_the_disk_is_stopped(
     Path({target!r}).parent.mkdir(parents=True, exist_ok=True)
     for number in range(12):
         Path({target!r} + str(number)).write_bytes(os.urandom(1 << 20) * 8)
-    time.sleep(1)
+    time.sleep({{hold}})
     """
-    assert train(bench, scorer, tmp_path / "off", bare(body + DONE)).train_s < 5
+    assert train(bench, scorer, tmp_path / "off", bare(body.format(hold=1) + DONE)).train_s < 5
     for left in bench.cache.glob("part*"):
         left.unlink()
     bounded(monkeypatch, disk_bytes=64 * MB)
-    status, why, _ = rejection(bench, scorer, tmp_path / "on", bare(body + DONE))
+    status, why, _ = rejection(bench, scorer, tmp_path / "on", bare(body.format(hold=15) + DONE))
     assert status == "crash" and why.startswith("train.py was stopped: it wrote more to disk than a run may\n")
     assert "GB written, and a run may write 0.06 GB" in why
     for left in bench.cache.glob("part*"):
@@ -119,19 +119,19 @@ def test_files_without_a_name_are_seen_by_the_space_they_take(tmp_path: Path) ->
     for _ in range(40):
         os.write(fd, os.urandom(1 << 20) * 10)
     os.fsync(fd)
-    time.sleep(1.5)
+    time.sleep({hold})
     """
     how = replace(sandbox.BOUNDS, least_free=1 - 200 * MB / free)
-    code, said = run(tmp_path / "on", script, bounds=how)
+    code, said = run(tmp_path / "on", script.format(hold=15), bounds=how)
     assert code == DISK and "GB left on the disk" in said
-    assert run(tmp_path / "off", script, bounds=how, without=["disk"]) == (0, "")
+    assert run(tmp_path / "off", script.format(hold=1), bounds=how, without=["disk"]) == (0, "")
 
 
 def test_so_has_the_number_of_files(tmp_path: Path) -> None:
-    script = "import time\nfor n in range(900): open(f'home/{n}', 'w').close()\ntime.sleep(1)"
+    script = "import time\nfor n in range(900): open('home/%d' % n, 'w').close()\ntime.sleep({hold})"
     how = replace(sandbox.BOUNDS, files=500)
-    assert run(tmp_path / "on", script, bounds=how)[0] == DISK
-    assert run(tmp_path / "off", script)[0] == 0
+    assert run(tmp_path / "on", script.format(hold=15), bounds=how)[0] == DISK
+    assert run(tmp_path / "off", script.format(hold=1))[0] == 0
 
 
 STORM = """
@@ -161,7 +161,7 @@ def test_processes_have_a_last_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tier", [LANDLOCK, NOTHING], ids=str)
 def test_a_storm_of_processes_is_ended_where_there_is_no_namespace(tmp_path: Path, tier: Tier) -> None:
     how = replace(sandbox.BOUNDS, tasks=500)
-    code, said = run(tmp_path / "on", STORM.format(rest=3), tier, bounds=how)
+    code, said = run(tmp_path / "on", STORM.format(rest=15), tier, bounds=how)
     assert code == TASKS or "Resource temporarily unavailable" in said
     assert run(tmp_path / "off", STORM.format(rest=0), tier, bounds=how, without=["tasks"]) == (0, "all\n")
 
